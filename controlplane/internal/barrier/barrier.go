@@ -1,0 +1,192 @@
+// Package barrier owns the order of enrolment and withdrawal across the mesh (docs/LIFECYCLE.md): what every node's
+// agent is to do with a pod now, and whether peers speak mTLS to it. A step is taken only when the kernel of the pod's
+// node holds what the step before asked for, and every connected node has acknowledged it.
+package barrier
+
+import (
+	"maps"
+
+	meshv1 "github.com/weftmesh/weft/api/mesh/v1"
+	"github.com/weftmesh/weft/controlplane/internal/ir"
+	"github.com/weftmesh/weft/controlplane/internal/resolve"
+)
+
+// Reports is what each node last said of pods, by node and pod uid. Maps are not changed once they are here.
+type Reports map[string]map[string]*meshv1.PodReport
+
+// Of returns what the pod's own node says of it, nil while it says nothing. No other node has a say.
+func (r Reports) Of(p *ir.Pod) *meshv1.PodReport { return r[p.Node][p.UID] }
+
+// View is what a step is decided from.
+type View struct {
+	// Pods by uid, with their goals.
+	Pods    map[string]*ir.Pod
+	Reports Reports
+	// Synced nodes have reported all of their pods; what another node's pods were stays as it was.
+	Synced map[string]bool
+	// Answered is the newest generation that every node has answered with all before it.
+	Answered uint64
+}
+
+// Barrier remembers how far each pod has come. Not safe for concurrent use.
+type Barrier struct {
+	pods map[string]*pod
+}
+
+type pod struct {
+	resolve.Decision
+	// published is the generation with which MTLS as it is now reached the nodes, policyPublished the one with which Policy
+	// became the generation of the pod's endpoints; 0: it is in none yet.
+	published, policyPublished uint64
+	heard                      bool // its node has spoken of it
+	enforced                   bool // has been enforced in this sandbox
+	sandbox                    string
+}
+
+// New makes a Barrier; seed holds the decisions of a controller before this one, as the pods' conditions tell. They hold
+// until the pods' nodes report.
+func New(seed map[string]resolve.Decision) *Barrier {
+	b := &Barrier{pods: map[string]*pod{}}
+	for uid, d := range seed {
+		b.pods[uid] = &pod{Decision: d, enforced: d.Stage == ir.Enforced}
+	}
+	return b
+}
+
+// Decisions are what the next snapshot is to be made with.
+func (b *Barrier) Decisions() map[string]resolve.Decision {
+	out := make(map[string]resolve.Decision, len(b.pods))
+	for uid, p := range b.pods {
+		out[uid] = p.Decision
+	}
+	return out
+}
+
+// Published tells that a generation was made of the current decisions.
+func (b *Barrier) Published(generation uint64) {
+	for _, p := range b.pods {
+		if p.published == 0 {
+			p.published = generation
+		}
+		if p.policyPublished == 0 {
+			p.policyPublished = generation
+		}
+	}
+}
+
+// Step moves every pod as far as it may go now; true: decisions changed.
+func (b *Barrier) Step(v View) bool {
+	before := b.Decisions()
+	for uid := range b.pods {
+		if v.Pods[uid] == nil {
+			delete(b.pods, uid)
+		}
+	}
+	for uid, target := range v.Pods {
+		p := b.pods[uid]
+		report := v.Reports.Of(target)
+		switch {
+		case p == nil && target.Goal == ir.Out && !captured(report):
+			continue // never in, not to be in
+		case p == nil:
+			p = &pod{}
+			b.pods[uid] = p
+		}
+		if report != nil {
+			p.follow(report)
+		} else if v.Synced[target.Node] {
+			p.lose()
+		}
+		p.step(target.Goal, report, v.Answered)
+		if target.Goal == ir.Out && p.Stage == ir.Out && !p.MTLS && !captured(report) {
+			delete(b.pods, uid)
+		}
+	}
+	return !maps.Equal(before, b.Decisions())
+}
+
+func captured(r *meshv1.PodReport) bool {
+	return r.GetState() == meshv1.PodState_POD_STATE_CAPTURED || r.GetState() == meshv1.PodState_POD_STATE_ENFORCED
+}
+
+// follow takes over what the kernel holds: after a restart of the controller, a reboot, a new sandbox.
+func (p *pod) follow(r *meshv1.PodReport) {
+	if p.sandbox != "" && r.Sandbox != "" && p.sandbox != r.Sandbox {
+		p.lose()
+	}
+	if r.Sandbox != "" {
+		p.sandbox = r.Sandbox
+	}
+	switch r.State {
+	case meshv1.PodState_POD_STATE_ENFORCED:
+		p.enforced, p.Lost = true, false
+		if !p.heard { // the controller before this one had brought it this far: a step back would open it
+			p.Stage = ir.Enforced
+			p.setMTLS(true)
+		}
+		p.setPolicy(r.InboundPolicy)
+	case meshv1.PodState_POD_STATE_CAPTURED:
+		p.Lost = false
+		p.setPolicy("") // connections made from now on are under none
+	case meshv1.PodState_POD_STATE_OUT, meshv1.PodState_POD_STATE_FAILED, meshv1.PodState_POD_STATE_GONE:
+		if p.MTLS {
+			p.lose()
+		}
+	}
+	p.heard = true
+}
+
+// lose voids what was: peers no longer speak mTLS to the pod, and plaintext not either if it is Strict.
+func (p *pod) lose() {
+	p.Lost = p.Lost || p.enforced
+	p.setMTLS(false)
+	p.setPolicy("")
+	if p.Stage == ir.Enforced {
+		p.Stage = ir.Captured
+	}
+}
+
+func (p *pod) setMTLS(on bool) {
+	if p.MTLS != on {
+		p.MTLS, p.published = on, 0
+	}
+}
+
+// setPolicy takes the policy in force. Callers have yet to move to it, even if they were there before.
+func (p *pod) setPolicy(hash string) {
+	if p.Policy != hash {
+		p.Policy, p.Moved, p.policyPublished = hash, "", 0
+	}
+}
+
+func (p *pod) step(goal ir.Stage, r *meshv1.PodReport, answered uint64) {
+	agreed := p.published != 0 && p.published <= answered
+	if p.MTLS && agreed && p.policyPublished != 0 && p.policyPublished <= answered {
+		p.Moved = p.Policy
+	}
+	if goal == ir.Out {
+		p.Lost, p.enforced = false, false
+		if p.Stage == ir.Enforced {
+			p.Stage = ir.Captured
+		}
+		// Permissive again: peers may go back to plaintext.
+		if p.MTLS && r.GetState() == meshv1.PodState_POD_STATE_CAPTURED {
+			p.setMTLS(false)
+			return
+		}
+		if !p.MTLS && agreed {
+			p.Stage = ir.Out
+		}
+		return
+	}
+	if p.Stage == ir.Out {
+		p.Stage = ir.Captured
+	}
+	if captured(r) && !p.MTLS {
+		p.setMTLS(true)
+		return
+	}
+	if p.MTLS && agreed && captured(r) {
+		p.Stage = ir.Enforced
+	}
+}

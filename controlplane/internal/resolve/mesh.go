@@ -1,0 +1,138 @@
+package resolve
+
+import (
+	"fmt"
+	"net/netip"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/weftmesh/weft/api/names"
+	"github.com/weftmesh/weft/api/v1alpha1"
+	"github.com/weftmesh/weft/controlplane/internal/ir"
+)
+
+// config is MeshConfig in usable form.
+type config struct {
+	enrolment             v1alpha1.EnrolmentMode
+	namespaces, pods      labels.Selector
+	forbidOptOut          bool
+	mode                  ir.Mode
+	externalAddressRanges []netip.Prefix
+}
+
+func (r *resolver) readConfig() {
+	c := config{enrolment: v1alpha1.EnrolLabelled, namespaces: labels.Everything(), pods: labels.Everything(), mode: ir.Permissive}
+	mesh := ir.Mesh{TrustDomain: r.in.TrustDomain, DefaultMode: ir.Permissive, ConnectionsPerPod: 4000, Uninstall: r.in.UninstallOrder != nil && r.in.UninstallOrder.Data[names.UninstallKey] == "true"}
+	if mesh.TrustDomain == "" {
+		mesh.TrustDomain = names.DefaultTrustDomain
+	}
+	if m := r.in.MeshConfig; m != nil {
+		ref := Ref{"MeshConfig", "", m.Name, m.Generation}
+		bad := func(field string, err error, instead string) {
+			r.problem(Problem{ref, -1, accepted, "False", "Invalid", fmt.Sprintf("%s: %v; %s", field, err, instead)})
+		}
+		// The certificate authority signs for the controller's trust domain; identities of another would never verify.
+		if d := m.Spec.TrustDomain; d != "" && d != mesh.TrustDomain {
+			bad("trustDomain", fmt.Errorf("the controller runs with trust domain %s: install it with this one, or leave the field out", mesh.TrustDomain), "the field is ignored")
+		}
+		c.mode = modeOf(m.Spec.MTLS.Mode)
+		if m.Spec.Enrolment.Mode != "" {
+			c.enrolment = m.Spec.Enrolment.Mode
+		}
+		c.forbidOptOut = m.Spec.Enrolment.PodOptOut == v1alpha1.OptOutForbidden
+		if m.Spec.ConnectionsPerPod > 0 {
+			mesh.ConnectionsPerPod = uint32(m.Spec.ConnectionsPerPod)
+		}
+		for _, s := range []struct {
+			field string
+			from  *v1alpha1.LabelSelector
+			to    *labels.Selector
+		}{{"enrolment.namespaceSelector", m.Spec.Enrolment.NamespaceSelector, &c.namespaces}, {"enrolment.podSelector", m.Spec.Enrolment.PodSelector, &c.pods}} {
+			if s.from == nil {
+				continue
+			}
+			selector, err := compileSelector(s.from)
+			if err != nil {
+				bad(s.field, err, "it selects nothing")
+				selector = labels.Nothing()
+			}
+			*s.to = selector
+		}
+		for i, text := range m.Spec.ServiceAddressRanges {
+			prefix, err := netip.ParsePrefix(text)
+			if err != nil {
+				bad(fmt.Sprintf("serviceAddressRanges[%d]", i), err, "the range is ignored")
+				continue
+			}
+			c.externalAddressRanges = append(c.externalAddressRanges, prefix)
+		}
+	}
+	mesh.DefaultMode, mesh.ForbidOptOut = c.mode, c.forbidOptOut
+	r.config, r.snap.Mesh = c, mesh
+}
+
+func modeOf(m v1alpha1.MTLSMode) ir.Mode {
+	if m == v1alpha1.Strict {
+		return ir.Strict
+	}
+	return ir.Permissive
+}
+
+// excluded namespaces never join: the mesh's own and those that the Kubernetes cluster needs to repair itself.
+func (r *resolver) excluded(namespace string) bool {
+	switch namespace {
+	case "kube-system", "kube-public", "kube-node-lease", r.in.Namespace:
+		return true
+	}
+	return false
+}
+
+// namespaceIn tells whether pods of a namespace that say nothing join.
+func (r *resolver) namespaceIn(namespace string) bool {
+	n := r.namespaces[namespace]
+	if n == nil || r.excluded(namespace) || r.config.enrolment == v1alpha1.EnrolOff {
+		return false
+	}
+	switch n.Labels[names.LabelMesh] {
+	case names.MeshEnabled:
+		return true
+	case names.MeshDisabled:
+		return false
+	}
+	return r.config.enrolment == v1alpha1.EnrolAll && r.config.namespaces.Matches(labels.Set(n.Labels))
+}
+
+// goal is where labels and MeshConfig want a pod.
+func (r *resolver) goal(p *corev1.Pod) ir.Stage {
+	if r.excluded(p.Namespace) || r.config.enrolment == v1alpha1.EnrolOff || r.snap.Mesh.Uninstall {
+		return ir.Out
+	}
+	in := r.namespaceIn(p.Namespace)
+	switch p.Labels[names.LabelMesh] {
+	case names.MeshEnabled:
+		in = true
+	case names.MeshDisabled:
+		if in && r.config.forbidOptOut {
+			r.problem(Problem{Ref{"Pod", p.Namespace, p.Name, p.Generation}, -1, names.ConditionEnrolled, "True", "OptOutForbidden",
+				"the label " + names.LabelMesh + "=" + names.MeshDisabled + " is ignored: MeshConfig forbids pods to opt out"})
+		} else {
+			in = false
+		}
+	default:
+		if in && r.namespaces[p.Namespace].Labels[names.LabelMesh] != names.MeshEnabled {
+			in = r.config.pods.Matches(labels.Set(p.Labels))
+		}
+	}
+	if in {
+		return ir.Enforced
+	}
+	return ir.Out
+}
+
+func (r *resolver) resolveNamespaces() {
+	r.snap.Namespaces = make(map[string]*ir.Namespace, len(r.in.Namespaces))
+	for name := range r.namespaces {
+		r.snap.Namespaces[name] = &ir.Namespace{Name: name, Enrol: r.namespaceIn(name), Mode: r.config.mode}
+	}
+}

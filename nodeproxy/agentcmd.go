@@ -1,0 +1,49 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/weftmesh/weft/nodeproxy/internal/agent"
+)
+
+func newAgentCommand() *cobra.Command {
+	c := agent.Config{EnvoyUID: envoyID, EnvoyGID: envoyID, Settle: 500 * time.Millisecond}
+	var level string
+	command := &cobra.Command{
+		Use: "agent", Short: "Enrol this node's pods", Args: cobra.NoArgs,
+		RunE: func(command *cobra.Command, _ []string) error {
+			log, err := newLog(level)
+			if err != nil {
+				return err
+			}
+			if c.Node == "" {
+				return fmt.Errorf("set --node-name, or NODE_NAME")
+			}
+			c.Log, c.AgentSocket, c.Version = log, agentSocket(c.RunDir), command.Root().Version
+			return agent.Run(command.Context(), c)
+		},
+	}
+	f := command.Flags()
+	f.StringVar(&c.Node, "node-name", os.Getenv("NODE_NAME"), "name of the node")
+	f.StringVar(&c.Controller, "controller", "weft-controlplane.weft-system.svc:15020", "host:port of the controller")
+	f.StringVar(&c.Namespace, "namespace", "weft-system", "weft's own namespace")
+	f.StringVar(&c.TokenFile, "token-file", "/etc/weft/token/token", "projected token of the agent's service account, audience weft-ca")
+	f.StringVar(&c.BundleFile, "bundle-file", "/etc/weft/bundle/ca.crt", "trust bundle")
+	f.StringVar(&c.RunDir, "run-dir", "/run/weft", "private folder of the sockets, shared with Envoy's supervisor")
+	f.StringVar(&c.BPFFS, "bpffs", "/sys/fs/bpf", "the node's bpffs")
+	f.StringVar(&c.CgroupRoot, "cgroup-root", "/sys/fs/cgroup", "where the node's cgroup v2 is mounted")
+	f.StringVar(&c.KubeletCgroup, "kubelet-cgroup", "", "kubelet's cgroup below --cgroup-root; empty: no probe passes a Strict pod")
+	f.StringVar(&c.NRISocket, "nri-socket", "/var/run/nri/nri.sock", "NRI socket of the container runtime")
+	f.StringVar(&c.NetnsDir, "netns-dir", "/run/netns", "the runtime's network namespaces")
+	f.StringVar(&c.BootIDFile, "boot-id-file", "/proc/sys/kernel/random/boot_id", "file that names the node's boot")
+	f.StringVar(&c.Metrics, "metrics", ":15021", "address of /metrics, /healthz and /readyz")
+	f.DurationVar(&c.Settle, "settle", c.Settle, "time that a withdrawn pod's listeners stay at least")
+	f.DurationVar(&c.Linger, "linger", 10*time.Minute, "time that they stay at most while connections use them")
+	f.BoolVar(&c.AccessLog, "access-log", false, "one JSON line for each inbound connection or request")
+	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	return command
+}

@@ -1,0 +1,470 @@
+// Package agent wires the node agent: the runtime's pods, the controller's wishes, the kernel and the node's Envoy.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+
+	meshv1 "github.com/weftmesh/weft/api/mesh/v1"
+	"github.com/weftmesh/weft/nodeproxy/internal/enrol"
+	"github.com/weftmesh/weft/nodeproxy/internal/envoy"
+	"github.com/weftmesh/weft/nodeproxy/internal/lds"
+	"github.com/weftmesh/weft/nodeproxy/internal/pods"
+	"github.com/weftmesh/weft/nodeproxy/internal/relay"
+	"github.com/weftmesh/weft/nodeproxy/internal/report"
+	"github.com/weftmesh/weft/nodeproxy/internal/svid"
+	"github.com/weftmesh/weft/redirect"
+)
+
+// Config of the agent; see the command's flags.
+type Config struct {
+	Node, Controller, Namespace, Version                  string
+	TokenFile, BundleFile, RunDir, AgentSocket            string
+	BPFFS, CgroupRoot, KubeletCgroup, NRISocket, NetnsDir string
+	BootIDFile, Metrics                                   string
+	EnvoyUID, EnvoyGID                                    int
+	Settle, Linger                                        time.Duration
+	AccessLog                                             bool
+	Log                                                   *slog.Logger
+}
+
+// kernel is what the agent asks of redirect besides what it asks for single pods.
+type kernel interface {
+	enrol.Kernel
+	SetServices([]redirect.Service) ([]redirect.Refusal, error)
+	SetAddresses([]netip.Addr) ([]netip.Addr, error)
+	AttachProxy(generation uint32, cgroup string) error
+	Sweep(age time.Duration) (int, error)
+	SetConnectionsPerPod(n uint32) error
+	ProbesRefused() error
+	Counters() (map[string]uint64, error)
+	Release() error
+}
+
+type agent struct {
+	config   Config
+	kernel   kernel
+	cache    *relay.Cache
+	upstream *relay.Upstream
+	svids    *svid.Store
+	self     *svid.Agent
+	enroller *enrol.Enroller
+	reporter *report.Reporter
+	table    *pods.Table
+
+	proxy     atomic.Pointer[envoy.State]
+	attaching sync.Mutex
+	applied   sync.Mutex              // one change of the services at a time
+	captures  map[netip.AddrPort]bool // services that the kernel was told to capture; guarded by applied
+	dirty     chan struct{}           // the index changed since it was last written
+	started   chan struct{}           // closed when the agent knows what to do
+
+	mu   sync.Mutex
+	conn *grpc.ClientConn
+	due  time.Time // when conn is to be made anew
+}
+
+// Run is the agent. It ends with ctx, and leaves the kernel and Envoy as they are.
+func Run(ctx context.Context, c Config) error {
+	unlock, err := own(ctx, c)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	bootID, err := os.ReadFile(c.BootIDFile)
+	if err != nil {
+		return fmt.Errorf("read boot id: %w", err)
+	}
+	boot := strings.TrimSpace(string(bootID))
+	kernel, err := redirect.Load(kernelConfig(c, boot))
+	if err != nil {
+		return err
+	}
+	defer kernel.Close()
+	a := &agent{config: c, kernel: kernel, dirty: make(chan struct{}, 1), started: make(chan struct{}), self: svid.NewAgent(svid.AgentConfig{
+		Controller: c.Controller, Namespace: c.Namespace, TokenFile: c.TokenFile, BundleFile: c.BundleFile, Log: c.Log,
+	})}
+	a.cache = relay.NewCache(relay.Config{
+		Want: func(k relay.Key, wanted bool) { a.upstream.Want(k, wanted) }, Coming: func(name string) bool { return a.svids.Coming(name) }, Log: c.Log,
+	})
+	a.cache.Pause(true) // until follow has attached the hooks
+	a.upstream = relay.NewUpstream(relay.UpstreamConfig{
+		Connect: a.connection, Node: c.Node, Cache: a.cache, Overlay: overlay(c.Node), Instead: a.instead, Apply: a.apply, Changed: a.changed, Log: c.Log,
+	})
+	a.svids = svid.NewStore(svid.StoreConfig{Conn: a.connection, Give: a.giveSVID, Drop: a.dropSVID, Log: c.Log})
+	a.reporter = report.New(report.Config{Conn: a.connection, Node: c.Node, BootID: boot, Version: c.Version, Log: c.Log})
+	a.table = pods.New(pods.Config{Socket: c.NRISocket, NetnsDir: c.NetnsDir, Changed: func(uid string) { a.enroller.Changed(uid) }, Log: c.Log})
+	a.enroller = enrol.New(enrol.Config{
+		Kernel: kernel, Envoy: a.cache, Identities: a.svids, Wishes: a, Runtime: a.table.Get, Roots: a.self.RootsPEM,
+		Generation: a.generation, Report: a.reporter.Pod, Settle: c.Settle, Linger: c.Linger, AccessLog: c.AccessLog, Log: c.Log,
+		Memory: podMemory{a.statePath(podFolder)}, Drain: envoy.DrainTime + drainMargin,
+	})
+	if err := a.restore(); err != nil {
+		return err
+	}
+	if err := a.giveNode(); err != nil {
+		return err
+	}
+	if err := a.run(ctx); err != nil {
+		return err
+	}
+	return a.leave()
+}
+
+// giveNode gives Envoy what it has whatever the pods of its node are.
+func (a *agent) giveNode() error {
+	for _, cl := range lds.Clusters() {
+		if _, err := a.cache.Set(cl.Name, cl); err != nil {
+			return err
+		}
+	}
+	holder := lds.Holder()
+	if _, err := a.cache.Set(holder.Name, holder); err != nil {
+		return err
+	}
+	return a.giveBundle()
+}
+
+// leave takes weft out of the kernel if that was the controller's order. Else everything stays as it is: an agent that
+// is told to end cannot tell an upgrade from anything else.
+func (a *agent) leave() error {
+	if !a.upstream.Mesh().GetUninstall() {
+		return nil
+	}
+	a.config.Log.Info("weft is uninstalled: leaving the kernel")
+	if err := a.kernel.Release(); err != nil {
+		return fmt.Errorf("leave the kernel: %w; run nodeproxy release", err)
+	}
+	return a.forget()
+}
+
+func kernelConfig(c Config, boot string) redirect.Config {
+	k := redirect.Config{CgroupRoot: c.CgroupRoot, PinDir: filepath.Join(c.BPFFS, "weft"), BootID: boot, Log: c.Log}
+	if c.KubeletCgroup != "" {
+		k.KubeletCgroup = filepath.Join(c.CgroupRoot, c.KubeletCgroup)
+	}
+	return k
+}
+
+// own takes the node: a second agent waits until the first has gone.
+func own(ctx context.Context, c Config) (func(), error) {
+	if err := os.MkdirAll(c.RunDir, 0o750); err != nil {
+		return nil, fmt.Errorf("make run folder: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(c.RunDir, "agent.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("take the node: %w", err)
+	}
+	for told := false; ; {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { _ = f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("take the node: %w", err)
+		}
+		if !told {
+			c.Log.Info("another agent has the node, waiting for it to go")
+			told = true
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+func (a *agent) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	listener, err := a.listen()
+	if err != nil {
+		return err
+	}
+	server := grpc.NewServer()
+	(&relay.Service{Cache: a.cache}).Register(server)
+	defer server.Stop()
+	go func() {
+		if err := server.Serve(listener); err != nil && ctx.Err() == nil {
+			cancel(fmt.Errorf("serve Envoy: %w", err))
+		}
+	}()
+	go a.serveHTTP(ctx, cancel)
+	go envoy.Watch(ctx, filepath.Join(a.config.RunDir, envoy.SupervisorSocket), a.follow)
+	go a.table.Run(ctx)
+	go a.upstream.Run(ctx)
+	go a.reporter.Run(ctx)
+	go a.followBundle(ctx)
+	var recorded sync.WaitGroup
+	defer recorded.Wait()
+	recorded.Go(func() { a.record(ctx) })
+	go func() {
+		if err := a.start(ctx); err != nil && ctx.Err() == nil {
+			cancel(err)
+		}
+	}()
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+				return err
+			}
+			return nil
+		case <-tick.C:
+			a.sweep()
+		}
+	}
+}
+
+// Times of what the kernel needs now and then.
+const (
+	sweepEvery = 5 * time.Second
+	// handoverAge is more than the time after which the kernel gives a connect up, about 130 s.
+	handoverAge = 150 * time.Second
+	// attachRetry is how soon hooks that could not be attached to Envoy's cgroup are tried again.
+	attachRetry = 200 * time.Millisecond
+	// drainMargin is how long after its drain time Envoy's last connection is surely cut: its workers do it one by one.
+	drainMargin = time.Second
+	// controllerLimit is how long a controller is waited for when there is a last known state to start from.
+	controllerLimit = 5 * time.Second
+)
+
+// sweep does in the kernel what only time brings, and attaches what somebody else has taken away.
+func (a *agent) sweep() {
+	if n, err := a.kernel.Sweep(handoverAge); err != nil {
+		a.config.Log.Warn("sweep hand-overs", "error", err)
+	} else if n > 0 {
+		a.config.Log.Info("hand-overs without an end were forgotten", "count", n)
+	}
+	if s := a.proxy.Load(); s != nil && s.Cgroup != "" {
+		a.attach(*s)
+	}
+}
+
+// know waits until the runtime's pods and the controller's wishes are known, or the latter's last known ones have to do.
+func (a *agent) know(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-a.table.Synced():
+	}
+	var enough <-chan time.Time
+	if a.upstream.Restored() {
+		enough = time.After(controllerLimit)
+	}
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-a.upstream.Synced():
+	case <-enough:
+		a.config.Log.Warn("no controller answers: going on with the last known state")
+	}
+	return nil
+}
+
+// start begins to enrol once enough is known; Envoy is answered from then on.
+func (a *agent) start(ctx context.Context) error {
+	if err := a.know(ctx); err != nil {
+		return err
+	}
+	close(a.started)
+	if _, err := a.giveScopes(a.upstream.Services()); err != nil {
+		return err
+	}
+	if err := a.enroller.Adopt(); err != nil {
+		return err
+	}
+	held, err := a.kernel.Pods()
+	if err != nil {
+		return fmt.Errorf("read enrolled pods: %w", err)
+	}
+	go a.enroller.Run(ctx)
+	for _, p := range a.table.All() {
+		a.enroller.Changed(p.UID)
+	}
+	// Envoy outlives the agent: before it is answered, the listeners that it has must be in the cache again.
+	a.await(ctx, 10*time.Second, func() bool {
+		for _, p := range held {
+			if wish := a.LocalPod(p.UID); wish != nil && wish.Stage != meshv1.Stage_STAGE_OUT && len(a.cache.Names(relay.TypeListener, "in/"+p.UID+"/")) == 0 {
+				return false
+			}
+		}
+		return true
+	})
+	a.cache.Prime()
+	go a.applyRestored(ctx)
+	a.await(ctx, 10*time.Second, func() bool {
+		for _, p := range held {
+			if s, err := a.kernel.Verify(p.UID); err == nil && s.Inbound && len(a.cache.Names(relay.TypeListener, "in/"+p.UID+"/")) == 0 {
+				return false
+			}
+		}
+		return true
+	})
+	a.reporter.Ready()
+	return nil
+}
+
+// await waits until something is so, or the limit.
+func (a *agent) await(ctx context.Context, limit time.Duration, so func() bool) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	for !so() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// listen opens the socket that Envoy alone may use.
+func (a *agent) listen() (net.Listener, error) {
+	_ = os.Remove(a.config.AgentSocket)
+	l, err := net.Listen("unix", a.config.AgentSocket)
+	if err != nil {
+		return nil, fmt.Errorf("listen for Envoy: %w", err)
+	}
+	if err := os.Chown(a.config.AgentSocket, 0, a.config.EnvoyGID); err != nil {
+		return nil, fmt.Errorf("give Envoy the agent's socket: %w", err)
+	}
+	if err := os.Chmod(a.config.AgentSocket, 0o660); err != nil {
+		return nil, fmt.Errorf("protect the agent's socket: %w", err)
+	}
+	return &onlyUID{l, a.config.EnvoyUID, a.config.Log}, nil
+}
+
+// onlyUID refuses callers of another user: the socket carries private keys.
+type onlyUID struct {
+	net.Listener
+	uid int
+	log *slog.Logger
+}
+
+func (o *onlyUID) Accept() (net.Conn, error) {
+	for {
+		c, err := o.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		raw, err := c.(*net.UnixConn).SyscallConn()
+		if err != nil {
+			_ = c.Close()
+			continue
+		}
+		var peer *unix.Ucred
+		var failed error
+		err = raw.Control(func(fd uintptr) { peer, failed = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+		if err == nil && failed == nil && int(peer.Uid) == o.uid {
+			return c, nil
+		}
+		o.log.Warn("caller of the agent's socket refused", "peer", peer)
+		_ = c.Close()
+	}
+}
+
+// LocalPod finds the controller's wish for a pod.
+func (a *agent) LocalPod(uid string) *meshv1.LocalPod { return a.upstream.LocalPod(a.config.Node, uid) }
+
+// Policy finds an inbound policy.
+func (a *agent) Policy(hash string) *meshv1.InboundPolicy { return a.upstream.Policy(hash) }
+
+// generation is that of the Envoy that serves.
+func (a *agent) generation() (uint32, bool) {
+	s := a.proxy.Load()
+	if s == nil || s.PID == 0 || !a.cache.Connected() {
+		return 0, false
+	}
+	return s.Generation, true
+}
+
+// follow takes the supervisor's news.
+func (a *agent) follow(s envoy.State) {
+	old := a.proxy.Swap(&s)
+	a.reporter.Health(healthOf(s))
+	if s.Cgroup == "" {
+		a.cache.Pause(true)
+		return
+	}
+	if old == nil || old.Cgroup != s.Cgroup || old.PID != s.PID {
+		a.attachSoon(s)
+		return
+	}
+	a.look()
+}
+
+// attachSoon attaches, and tries again until it worked or there is newer news of Envoy.
+func (a *agent) attachSoon(s envoy.State) {
+	switch now := a.proxy.Load(); {
+	case now == nil || now.Cgroup != s.Cgroup || now.PID != s.PID:
+	case a.attach(s):
+		a.config.Log.Info("Envoy's cgroup is attached", "pid", s.PID, "restarts", s.Restarts)
+		a.look()
+	default:
+		time.AfterFunc(attachRetry, func() { a.attachSoon(s) })
+	}
+}
+
+// attach makes Envoy's cgroup known to the kernel, which exempts its sockets from capture; until it is, Envoy gets no
+// listeners. The folder may have been remade under its old name, so it is looked at again each time.
+func (a *agent) attach(s envoy.State) bool {
+	a.attaching.Lock()
+	defer a.attaching.Unlock()
+	if err := a.kernel.AttachProxy(s.Generation, filepath.Join(a.config.CgroupRoot, s.Cgroup)); err != nil {
+		a.config.Log.Error("attach hooks to Envoy's cgroup", "cgroup", s.Cgroup, "error", err)
+		a.cache.Pause(true)
+		return false
+	}
+	a.cache.Pause(false)
+	return true
+}
+
+func (a *agent) serveHTTP(ctx context.Context, cancel context.CancelCauseFunc) {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(&collector{a})
+	mux := http.NewServeMux()
+	mux.Handle("/metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
+	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("/readyz", func(w http.ResponseWriter, _ *http.Request) {
+		for what, known := range map[string]<-chan struct{}{"the container runtime's pods (NRI)": a.table.Synced(), "the controller's index": a.started} {
+			select {
+			case <-known:
+			default:
+				http.Error(w, "waiting for "+what, http.StatusServiceUnavailable)
+				return
+			}
+		}
+		if _, live := a.generation(); !live {
+			http.Error(w, "waiting for Envoy", http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+		if err := a.kernel.ProbesRefused(); err != nil { // the node serves all the same
+			fmt.Fprintln(w, "kubelet's probes do not pass Strict pods:", err)
+		}
+	})
+	s := &http.Server{Addr: a.config.Metrics, Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	context.AfterFunc(ctx, func() { _ = s.Close() })
+	if err := s.ListenAndServe(); err != nil && ctx.Err() == nil {
+		cancel(fmt.Errorf("serve metrics on %s: %w", a.config.Metrics, err))
+	}
+}

@@ -1,0 +1,133 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/weftmesh/weft/nodeproxy/internal/recall"
+	"github.com/weftmesh/weft/nodeproxy/internal/relay"
+)
+
+// The last known state is kept below the run folder, which ends with the node's boot as the pods' sandboxes do.
+const (
+	stateFolder = "state"
+	// ownFile holds what this node's pods are to be, written before it is acted on: an agent that starts without a
+	// controller must not fall back behind it. indexFile holds all else, written at leisure.
+	ownFile, indexFile = "own", "index"
+	// podFolder holds a file for each enrolled pod: what its Envoy has of its policies.
+	podFolder = "pods"
+	// recordPause is the least time between two writes of the index.
+	recordPause = time.Second
+)
+
+// ofNode are the types that are about this node's pods.
+var ofNode = []string{relay.TypeMesh, relay.TypeNamespace, relay.TypeLocalPod, relay.TypeInboundPolicy}
+
+func (a *agent) statePath(file string) string {
+	return filepath.Join(a.config.RunDir, stateFolder, file)
+}
+
+// restore takes over what the agent before this one knew. What cannot be read is not taken.
+func (a *agent) restore() error {
+	if err := os.MkdirAll(a.statePath(podFolder), 0o700); err != nil {
+		return fmt.Errorf("make state folder: %w", err)
+	}
+	for _, file := range []string{ownFile, indexFile} {
+		resources, err := recall.Load(a.statePath(file))
+		if err != nil {
+			a.config.Log.Warn("last known state is not used", "error", err)
+			continue
+		}
+		a.upstream.Restore(resources)
+	}
+	return nil
+}
+
+// changed notes that the index is to be written.
+func (a *agent) changed(typeURL string) {
+	if slices.Contains(ofNode, typeURL) {
+		return
+	}
+	select {
+	case a.dirty <- struct{}{}:
+	default:
+	}
+}
+
+// record writes the index after changes, and once more when ctx ends.
+func (a *agent) record(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-a.dirty:
+		}
+		a.save(indexFile)
+		select {
+		case <-ctx.Done():
+			a.save(indexFile)
+			return
+		case <-time.After(recordPause):
+		}
+	}
+}
+
+// save writes a file. A failure costs the next agent its memory, and this one nothing.
+func (a *agent) save(file string) {
+	resources, err := a.upstream.Index()
+	resources = slices.DeleteFunc(resources, func(r relay.Resource) bool { return slices.Contains(ofNode, r.Key.TypeURL) != (file == ownFile) })
+	if file == indexFile {
+		resources = append(resources, a.cache.Relayed()...)
+	}
+	if err == nil {
+		err = recall.Save(a.statePath(file), resources)
+	}
+	if err != nil {
+		a.config.Log.Warn("last known state is not kept", "error", err)
+	}
+}
+
+// forget removes the state, when weft leaves the node for good.
+func (a *agent) forget() error {
+	if err := os.RemoveAll(a.statePath("")); err != nil {
+		return fmt.Errorf("remove last known state: %w", err)
+	}
+	return nil
+}
+
+// podMemory keeps a file per pod, for the enroller of the next agent.
+type podMemory struct{ folder string }
+
+// typeRecord is the enroller's own.
+const typeRecord = "weft/pod-record"
+
+func (m podMemory) path(podUID string) string { return filepath.Join(m.folder, filepath.Base(podUID)) }
+
+// Save replaces a pod's record.
+func (m podMemory) Save(podUID string, record []byte) error {
+	return recall.Save(m.path(podUID), []relay.Resource{{Key: relay.Key{TypeURL: typeRecord, Name: podUID}, Body: &anypb.Any{TypeUrl: typeRecord, Value: record}}})
+}
+
+// Load reads a pod's record; nil: there is none.
+func (m podMemory) Load(podUID string) ([]byte, error) {
+	kept, err := recall.Load(m.path(podUID))
+	if err != nil || len(kept) == 0 {
+		return nil, err
+	}
+	return kept[0].Body.GetValue(), nil
+}
+
+// Drop forgets a pod.
+func (m podMemory) Drop(podUID string) error {
+	if err := os.Remove(m.path(podUID)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("forget pod: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,74 @@
+package envoy
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+// ownCgroup is where Envoy's cgroup goes, below the cgroup root: a child of the container's own, so that its limits
+// still count; "/weft/<node>/<pod>" where the container sits in the v2 root, as on hybrid hosts. selfCgroup is the text of
+// /proc/self/cgroup; a path there that leads out of the container's cgroup namespace is no use and counts as the root.
+func ownCgroup(selfCgroup, node, podUID string) string {
+	for line := range strings.Lines(selfCgroup) {
+		if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok && path != "/" && !strings.HasPrefix(path, "/..") {
+			return filepath.Join(path, "envoy")
+		}
+	}
+	return filepath.Join("/weft", node, podUID)
+}
+
+// makeCgroup makes a cgroup and ends what a supervisor before left in it.
+func makeCgroup(root, path string) (string, error) {
+	full := filepath.Join(root, path)
+	err := os.MkdirAll(full, 0o755)
+	if errors.Is(err, fs.ErrNotExist) { // another supervisor took a parent away that was empty
+		err = os.MkdirAll(full, 0o755)
+	}
+	if err != nil {
+		return "", fmt.Errorf("make Envoy's cgroup: %w; see that host.cgroup names the nodes' cgroup v2 mount", err)
+	}
+	if _, err := os.Stat(filepath.Join(full, "cgroup.procs")); err != nil {
+		return "", fmt.Errorf("make Envoy's cgroup: %s is no cgroup v2: set host.cgroup to where cgroup v2 is mounted", root)
+	}
+	return full, killCgroup(full)
+}
+
+// removeCgroup removes a cgroup, and its parents below root as far as they are empty.
+func removeCgroup(root, path string) {
+	for ; path != "/" && path != "."; path = filepath.Dir(path) {
+		if os.Remove(filepath.Join(root, path)) != nil {
+			return
+		}
+	}
+}
+
+func killCgroup(full string) error {
+	procs, err := os.ReadFile(filepath.Join(full, "cgroup.procs"))
+	if err != nil || len(strings.TrimSpace(string(procs))) == 0 {
+		return nil
+	}
+	if err := os.WriteFile(filepath.Join(full, "cgroup.kill"), []byte("1"), 0); err != nil {
+		return fmt.Errorf("end what is left in Envoy's cgroup: %w", err)
+	}
+	return nil
+}
+
+// memoryLimit reads the container's limit in bytes from its own view of the cgroup file system, v2 first; 0: none.
+func memoryLimit(mount string) uint64 {
+	for _, file := range []string{"memory.max", "memory/memory.limit_in_bytes"} {
+		b, err := os.ReadFile(filepath.Join(mount, file))
+		if err != nil {
+			continue
+		}
+		limit, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
+		if err == nil && limit < 1<<50 { // v1 shows "no limit" as a huge number
+			return limit
+		}
+	}
+	return 0
+}

@@ -1,0 +1,305 @@
+package envoy
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Names within the run folder.
+const (
+	// SupervisorSocket tells the agent Envoy's State.
+	SupervisorSocket = "supervisor.sock"
+	// AgentSocket is the agent's ADS and SDS for Envoy.
+	AgentSocket = "agent.sock"
+	adminSocket = "admin.sock"
+)
+
+// Config of a Supervisor.
+type Config struct {
+	// Binary is Envoy's path, Launcher this program's.
+	Binary, Launcher string
+	// RunDir is a private folder for the sockets.
+	RunDir string
+	// NodeID names the node, PodUID the pod that the supervisor runs in.
+	NodeID, PodUID string
+	// CgroupRoot is where the node's cgroup v2 is mounted in this container; SelfCgroup this container's own view of the
+	// cgroup file system.
+	CgroupRoot, SelfCgroup string
+	Concurrency            int
+	// DrainTimeout is how long a stopping Envoy waits for its connections.
+	DrainTimeout time.Duration
+	// UID and GID that Envoy runs as; the folder's sockets belong to the group.
+	UID, GID int
+	LogLevel string
+	Log      *slog.Logger
+}
+
+// Pace of restarts: at once while failures are rare, slower when Envoy dies again and again.
+const (
+	quickRestarts = 5
+	within        = time.Minute
+	slowest       = 5 * time.Second
+	readyPoll     = 10 * time.Millisecond
+)
+
+// Supervisor keeps one Envoy running.
+type Supervisor struct {
+	config Config
+	board  *board
+	cgroup string
+	// Deaths within the last minute.
+	deaths []time.Time
+}
+
+// New makes a Supervisor; Run starts it.
+func New(c Config) *Supervisor { return &Supervisor{config: c, board: newBoard()} }
+
+// Run keeps Envoy running until ctx ends, then lets it drain.
+func (s *Supervisor) Run(ctx context.Context) error {
+	c := s.config
+	self, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return fmt.Errorf("read own cgroup: %w", err)
+	}
+	path := ownCgroup(string(self), c.NodeID, c.PodUID)
+	if s.cgroup, err = makeCgroup(c.CgroupRoot, path); err != nil {
+		return err
+	}
+	defer removeCgroup(c.CgroupRoot, path)
+	if err := makeFolder(c.RunDir, 0, c.GID); err != nil {
+		return err
+	}
+	// Envoy makes its admin socket in a folder of its own; nothing else is writable for it.
+	if err := makeFolder(filepath.Join(c.RunDir, "envoy"), c.UID, c.GID); err != nil {
+		return err
+	}
+	socket := filepath.Join(c.RunDir, SupervisorSocket)
+	_ = os.Remove(socket)
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		return fmt.Errorf("listen for the agent: %w", err)
+	}
+	if err := os.Chmod(socket, 0o600); err != nil {
+		return fmt.Errorf("protect %s: %w", socket, err)
+	}
+	telling, stopTelling := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopTelling()
+	s.board.set(func(st *State) { st.Cgroup, st.UID = path, c.UID })
+	go s.board.serve(telling, l)
+	// Envoy dies with the thread that started it, so that thread stays.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	for ctx.Err() == nil {
+		exit := s.once(ctx)
+		if ctx.Err() != nil {
+			break
+		}
+		s.board.set(func(st *State) { st.PID, st.Live, st.Exit = 0, false, exit; st.Restarts++ })
+		wait := s.backOff(time.Now())
+		c.Log.Error("Envoy ended, starting it again", "exit", exit, "wait", wait)
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+	return nil
+}
+
+// makeFolder makes a folder that its owner and Envoy's group alone may enter; kubelet makes the run folder open to all.
+func makeFolder(path string, uid, gid int) error {
+	if err := os.MkdirAll(path, 0o750); err != nil {
+		return fmt.Errorf("make folder for sockets: %w", err)
+	}
+	// The supervisor may change owners but not other owners' modes: one that Envoy owns since before becomes its own first.
+	if err := os.Chown(path, 0, gid); err != nil {
+		return fmt.Errorf("take folder for sockets: %w", err)
+	}
+	if err := os.Chmod(path, 0o750); err != nil {
+		return fmt.Errorf("close folder for sockets: %w", err)
+	}
+	if err := os.Chown(path, uid, gid); err != nil {
+		return fmt.Errorf("give folder for sockets to Envoy's group: %w", err)
+	}
+	return nil
+}
+
+// backOff is nothing for the first deaths within a minute, then doubles.
+func (s *Supervisor) backOff(now time.Time) time.Duration {
+	recent := s.deaths[:0]
+	for _, d := range s.deaths {
+		if now.Sub(d) < within {
+			recent = append(recent, d)
+		}
+	}
+	s.deaths = append(recent, now)
+	if len(s.deaths) <= quickRestarts {
+		return 0
+	}
+	return min(100*time.Millisecond<<min(len(s.deaths)-quickRestarts, 8), slowest)
+}
+
+// once runs one Envoy to its end and says how that was.
+func (s *Supervisor) once(ctx context.Context) string {
+	cmd, err := s.command()
+	if err != nil {
+		return err.Error()
+	}
+	out, err := cmd.StderrPipe()
+	if err != nil {
+		return fmt.Sprintf("start Envoy: %v", err)
+	}
+	cmd.Stdout = os.Stdout // access log
+	if err := cmd.Start(); err != nil {
+		return fmt.Sprintf("start Envoy: %v", err)
+	}
+	s.config.Log.Info("Envoy started", "pid", cmd.Process.Pid)
+	s.board.set(func(st *State) { st.PID, st.Live = cmd.Process.Pid, false })
+	logged := make(chan struct{})
+	go func() { defer close(logged); s.forward(out) }()
+	ended := make(chan struct{})
+	alive, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go s.awaitReady(alive)
+	go func() {
+		select {
+		case <-ended:
+		case <-ctx.Done():
+			s.drain(cmd, ended)
+		}
+	}()
+	<-logged
+	err = cmd.Wait()
+	close(ended)
+	if err == nil {
+		return "exit status 0"
+	}
+	return err.Error()
+}
+
+func (s *Supervisor) command() (*exec.Cmd, error) {
+	c := s.config
+	admin := filepath.Join(c.RunDir, "envoy", adminSocket)
+	_ = os.Remove(admin)
+	text, err := Bootstrap(BootstrapConfig{NodeID: c.NodeID, AdminSocket: admin, AgentSocket: filepath.Join(c.RunDir, AgentSocket), MemoryLimit: memoryLimit(c.SelfCgroup)})
+	if err != nil {
+		return nil, err
+	}
+	file := filepath.Join(c.RunDir, "envoy.json")
+	if err := os.WriteFile(file, text, 0o640); err != nil {
+		return nil, fmt.Errorf("write bootstrap: %w", err)
+	}
+	if err := os.Chown(file, 0, c.GID); err != nil {
+		return nil, fmt.Errorf("give bootstrap to Envoy's group: %w", err)
+	}
+	launch, err := json.Marshal(Launch{
+		Path: c.Binary, UID: c.UID, GID: c.GID, Groups: []int{c.GID}, Cgroup: s.cgroup,
+		Args: []string{"--config-path", file, "--disable-hot-restart", "--concurrency", strconv.Itoa(c.Concurrency), "--log-level", c.LogLevel,
+			"--log-format", "%l %n %v", "--file-flush-interval-msec", "1000", "--drain-time-s", strconv.Itoa(int(DrainTime.Seconds())), "--drain-strategy", "immediate"},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("describe launch: %w", err)
+	}
+	cmd := exec.Command(c.Launcher, "envoy-exec")
+	cmd.Env = []string{LaunchVariable + "=" + string(launch)}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	return cmd, nil
+}
+
+// longestLine is what is kept of a line of Envoy's log.
+const longestLine = 64 << 10
+
+// forward writes Envoy's log, level and logger apart. It reads until Envoy ends, whatever the lines are like: Envoy would
+// block on a pipe that nobody empties.
+func (s *Supervisor) forward(out io.Reader) {
+	levels := map[string]slog.Level{"trace": slog.LevelDebug, "debug": slog.LevelDebug, "info": slog.LevelInfo, "warning": slog.LevelWarn, "error": slog.LevelError, "critical": slog.LevelError}
+	r := bufio.NewReaderSize(out, longestLine)
+	for {
+		raw, long, err := r.ReadLine()
+		line := string(raw)
+		for long && err == nil { // the rest is not kept
+			_, long, err = r.ReadLine()
+		}
+		f := strings.SplitN(line, " ", 3)
+		level, known := levels[f[0]]
+		switch {
+		case line == "":
+		case known && len(f) == 3:
+			s.config.Log.Log(context.Background(), level, "envoy", "logger", f[1], "text", f[2])
+		default:
+			s.config.Log.Warn("envoy", "text", line)
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// admin is a client of Envoy's admin socket.
+func (s *Supervisor) admin() *http.Client {
+	path := filepath.Join(s.config.RunDir, "envoy", adminSocket)
+	return &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", path)
+	}}}
+}
+
+func (s *Supervisor) awaitReady(ctx context.Context) {
+	client := s.admin()
+	tick := time.NewTicker(readyPoll)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		r, err := client.Get("http://envoy/ready")
+		if err != nil {
+			continue
+		}
+		_ = r.Body.Close()
+		if r.StatusCode == http.StatusOK {
+			s.config.Log.Info("Envoy is live")
+			s.board.set(func(st *State) { st.Live = true })
+			return
+		}
+	}
+}
+
+// drain asks Envoy to leave: connections get a hint to go, then there is no more patience.
+func (s *Supervisor) drain(cmd *exec.Cmd, ended <-chan struct{}) {
+	s.config.Log.Info("Envoy drains", "timeout", s.config.DrainTimeout)
+	client := s.admin()
+	for _, path := range []string{"/healthcheck/fail", "/drain_listeners?graceful&skip_exit"} {
+		if r, err := client.Post("http://envoy"+path, "", nil); err == nil {
+			_ = r.Body.Close()
+		}
+	}
+	select {
+	case <-ended:
+		return
+	case <-time.After(s.config.DrainTimeout):
+	}
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		s.config.Log.Warn("stop Envoy", "error", err)
+	}
+	select {
+	case <-ended:
+	case <-time.After(10 * time.Second):
+		_ = cmd.Process.Kill()
+	}
+}

@@ -1,0 +1,520 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	rpcstatus "google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/weftmesh/weft/api/names"
+)
+
+// Type URLs of weft's own resources.
+const (
+	mesh = "type.googleapis.com/weft.mesh.v1."
+
+	TypeMesh          = mesh + "Mesh"
+	TypeNamespace     = mesh + "Namespace"
+	TypeService       = mesh + "Service"
+	TypeWorkload      = mesh + "Workload"
+	TypeLocalPod      = mesh + "LocalPod"
+	TypeInboundPolicy = mesh + "InboundPolicy"
+)
+
+var eager = []string{TypeMesh, TypeNamespace, TypeService, TypeWorkload, TypeLocalPod}
+
+// UpstreamConfig of an Upstream.
+type UpstreamConfig struct {
+	// Connect returns a connection to the controller with the agent's SVID; it may wait for the SVID.
+	Connect func(ctx context.Context) (grpc.ClientConnInterface, error)
+	Node    string
+	Cache   *Cache
+	// Overlay lays the node's own view over endpoints; nil: none.
+	Overlay func(k Key, body *anypb.Any) *anypb.Any
+	// Apply is called after each change of the index, with the type that changed, in order for each type. What it returns is
+	// the answer to the controller: it waits until the change is in force. Refusals are about single resources.
+	Apply func(ctx context.Context, typeURL string) error
+	// Instead makes what Envoy gets under a name that the controller, being away, does not answer; nil, or nil of a name: it
+	// waits. The controller's word replaces it.
+	Instead func(k Key) *anypb.Any
+	// Changed is told, without blocking, that a type of what the controller made is not as it was; nil: nobody is.
+	Changed func(typeURL string)
+	// Settle is how long Envoy's answer is waited for before the log says so. The controller is told nothing meanwhile: a node
+	// that is late is behind, and does not refuse. 0: 10 seconds.
+	Settle time.Duration
+	Log    *slog.Logger
+}
+
+// steady is how long a stream must have lasted for its end to be none of the controller's absence.
+const steady = 10 * time.Second
+
+// Refusals are resources of the controller's that are not in force, and why, by name.
+type Refusals map[string]string
+
+func (r Refusals) Error() string {
+	var lines []string
+	for _, name := range slices.Sorted(maps.Keys(r)) {
+		lines = append(lines, names.RefusedText(name, r[name]))
+	}
+	return strings.Join(lines, "\n")
+}
+
+// of are the refusals that are about a response.
+func (r Refusals) of(response *discovery.DeltaDiscoveryResponse) Refusals {
+	out := Refusals{}
+	for _, resource := range response.Resources {
+		if text, refused := r[resource.Name]; refused {
+			out[resource.Name] = text
+		}
+	}
+	return out
+}
+
+// answerLimit is how long Envoy waits for an answer under a name that is new to it while the controller is away.
+const answerLimit = 2 * time.Second
+
+// instead is the version of what stands in for the controller's answer.
+const instead = "instead"
+
+// Upstream is the stream to the controller and the index that it gives.
+type Upstream struct {
+	config UpstreamConfig
+
+	mu       sync.Mutex
+	versions map[Key]string
+	wanted   map[Key]bool
+	changes  chan struct{} // subscriptions changed
+	queue    []subscription
+	bodies   map[Key]proto.Message
+	// synced is closed when every eager type has been given once.
+	synced  chan struct{}
+	missing map[string]bool
+	// known: the index was restored, so that there is something to go on with while the controller is away.
+	known bool
+	// live: a stream to the controller is open.
+	live bool
+}
+
+type subscription struct {
+	key    Key
+	wanted bool
+}
+
+// NewUpstream makes an Upstream; Run connects it. Cache's Config.Want must be its Want.
+func NewUpstream(c UpstreamConfig) *Upstream {
+	u := &Upstream{config: c, versions: map[Key]string{}, wanted: map[Key]bool{}, changes: make(chan struct{}, 1),
+		bodies: map[Key]proto.Message{}, synced: make(chan struct{}), missing: map[string]bool{}}
+	for _, t := range eager {
+		u.missing[t] = true
+	}
+	if u.config.Settle == 0 {
+		u.config.Settle = 10 * time.Second
+	}
+	if u.config.Instead == nil {
+		u.config.Instead = func(Key) *anypb.Any { return nil }
+	}
+	if u.config.Changed == nil {
+		u.config.Changed = func(string) {}
+	}
+	return u
+}
+
+// Restore puts back what the controller made before this process. Call it before Run.
+func (u *Upstream) Restore(resources []Resource) {
+	for _, r := range resources {
+		if relayed[r.Key.TypeURL] {
+			u.config.Cache.Restore(r)
+			u.mu.Lock()
+			u.versions[r.Key] = r.Version
+			u.mu.Unlock()
+			continue
+		}
+		if err := u.store(r.Key, r.Version, r.Body); err != nil {
+			u.config.Log.Warn("a resource of the last known state cannot be read", "type", r.Key.TypeURL, "name", r.Key.Name, "error", err)
+			continue
+		}
+		u.mu.Lock()
+		u.known = true
+		if r.Key.TypeURL == TypeInboundPolicy {
+			u.wanted[r.Key] = true
+		}
+		u.mu.Unlock()
+	}
+}
+
+// Restored tells whether Restore brought an index.
+func (u *Upstream) Restored() bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.known
+}
+
+// Index lists what the controller made for the agent itself, by type and name.
+func (u *Upstream) Index() ([]Resource, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	var out []Resource
+	for k, m := range u.bodies {
+		body, _, err := Pack(m)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, Resource{k, u.versions[k], body})
+	}
+	sortResources(out)
+	return out, nil
+}
+
+// Want subscribes to a named resource, or gives it up. It does not block.
+func (u *Upstream) Want(k Key, wanted bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.wanted[k] == wanted {
+		return
+	}
+	if wanted {
+		u.wanted[k] = true
+		if relayed[k.TypeURL] {
+			time.AfterFunc(answerLimit, func() { u.standIn(k) })
+		}
+	} else {
+		delete(u.wanted, k)
+		delete(u.versions, k)
+		delete(u.bodies, k)
+	}
+	u.queue = append(u.queue, subscription{k, wanted})
+	select {
+	case u.changes <- struct{}{}:
+	default:
+	}
+}
+
+// standIn answers Envoy where the controller is away and has not answered; while it is there, it is waited for.
+func (u *Upstream) standIn(k Key) {
+	u.mu.Lock()
+	_, answered := u.versions[k]
+	waits, live := u.wanted[k] && !answered, u.live
+	u.mu.Unlock()
+	switch body := u.config.Instead(k); {
+	case !waits || body == nil:
+	case live:
+		time.AfterFunc(answerLimit, func() { u.standIn(k) })
+	default:
+		u.config.Cache.Relay(k, instead, body)
+	}
+}
+
+// setLive says whether the controller answers.
+func (u *Upstream) setLive(live bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.live = live
+}
+
+// Synced is closed once the whole index has been given.
+func (u *Upstream) Synced() <-chan struct{} { return u.synced }
+
+// Run keeps the stream up until ctx ends.
+func (u *Upstream) Run(ctx context.Context) {
+	wait := 100 * time.Millisecond
+	for ctx.Err() == nil {
+		started := time.Now()
+		err := u.stream(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(started) > steady {
+			wait = 100 * time.Millisecond
+			u.config.Log.Info("stream to the controller ended, opening another", "error", err)
+		} else {
+			u.config.Log.Warn("controller is away, trying again", "error", err, "wait", wait)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait/2 + rand.N(wait)):
+		}
+		wait = min(2*wait, 5*time.Second)
+	}
+}
+
+func (u *Upstream) stream(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	conn, err := u.config.Connect(ctx)
+	if err != nil {
+		return err
+	}
+	s, err := discovery.NewAggregatedDiscoveryServiceClient(conn).DeltaAggregatedResources(ctx)
+	if err != nil {
+		return fmt.Errorf("open stream to the controller: %w", err)
+	}
+	u.setLive(true)
+	defer u.setLive(false)
+	out := make(chan *discovery.DeltaDiscoveryRequest, 64)
+	failed := make(chan error, 2)
+	go func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case r := <-out:
+				if err := s.Send(r); err != nil {
+					failed <- fmt.Errorf("send to the controller: %w", err)
+					return
+				}
+			}
+		}
+	}()
+	for _, r := range u.opening() {
+		out <- r
+	}
+	go func() {
+		lanes := map[string]lane{}
+		for {
+			r, err := s.Recv()
+			if err != nil {
+				failed <- fmt.Errorf("receive from the controller: %w", err)
+				return
+			}
+			if lanes[r.TypeUrl] == nil {
+				lanes[r.TypeUrl] = newLane(ctx)
+			}
+			u.take(ctx, r, lanes[r.TypeUrl], out)
+		}
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case err := <-failed:
+			return err
+		case <-u.changes:
+			for _, r := range u.subscriptions() {
+				select {
+				case out <- r:
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+			}
+		}
+	}
+}
+
+// opening are the first requests of a stream: everything that is wanted, with the versions that are there.
+func (u *Upstream) opening() []*discovery.DeltaDiscoveryRequest {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.queue = nil
+	requests := map[string]*discovery.DeltaDiscoveryRequest{}
+	var types []string
+	request := func(typeURL string) *discovery.DeltaDiscoveryRequest {
+		if requests[typeURL] == nil {
+			requests[typeURL] = &discovery.DeltaDiscoveryRequest{TypeUrl: typeURL, Node: &core.Node{Id: u.config.Node}, InitialResourceVersions: map[string]string{}}
+			types = append(types, typeURL)
+		}
+		return requests[typeURL]
+	}
+	for k := range u.wanted {
+		r := request(k.TypeURL)
+		r.ResourceNamesSubscribe = append(r.ResourceNamesSubscribe, k.Name)
+	}
+	for _, t := range eager {
+		r := request(t)
+		r.ResourceNamesSubscribe = []string{"*"}
+	}
+	for k, v := range u.versions {
+		if r := requests[k.TypeURL]; r != nil {
+			r.InitialResourceVersions[k.Name] = v
+		}
+	}
+	var out []*discovery.DeltaDiscoveryRequest
+	for _, t := range types {
+		slices.Sort(requests[t].ResourceNamesSubscribe)
+		out = append(out, requests[t])
+	}
+	return out
+}
+
+func (u *Upstream) subscriptions() []*discovery.DeltaDiscoveryRequest {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	var out []*discovery.DeltaDiscoveryRequest
+	for _, q := range u.queue {
+		r := &discovery.DeltaDiscoveryRequest{TypeUrl: q.key.TypeURL}
+		if q.wanted {
+			r.ResourceNamesSubscribe = []string{q.key.Name}
+		} else {
+			r.ResourceNamesUnsubscribe = []string{q.key.Name}
+		}
+		out = append(out, r)
+	}
+	u.queue = nil
+	return out
+}
+
+// lane does one thing after the other.
+type lane chan func()
+
+// backlog is how many answers of a type may wait to be put into force before the next response is read.
+const backlog = 64
+
+func newLane(ctx context.Context) lane {
+	l := make(lane, backlog)
+	go func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case do := <-l:
+				do()
+			}
+		}
+	}()
+	return l
+}
+
+// take stores a response and answers it when it is in force; the stream goes on meanwhile. The index is put into force in
+// order, type by type; what is relayed is with Envoy in order already, and waits for its answer alone.
+func (u *Upstream) take(ctx context.Context, r *discovery.DeltaDiscoveryResponse, own lane, out chan<- *discovery.DeltaDiscoveryRequest) {
+	if relayed[r.TypeUrl] {
+		settled := u.relay(r)
+		go u.answer(ctx, r, settled, out)
+		return
+	}
+	if err := u.index(r); err != nil {
+		u.config.Log.Error("controller sent what cannot be read", "type", r.TypeUrl, "error", err)
+	}
+	do := func() {
+		u.answer(ctx, r, func(ctx context.Context) error { return u.config.Apply(ctx, r.TypeUrl) }, out)
+	}
+	select {
+	case own <- do:
+	case <-ctx.Done():
+	}
+}
+
+// relay hands a response on and returns what waits for Envoy to take it. A removal changes nothing: Envoy would not ask for
+// the name again, so the controller always sends what refuses instead.
+func (u *Upstream) relay(r *discovery.DeltaDiscoveryResponse) func(context.Context) error {
+	var relayed []Resource
+	for _, res := range r.Resources {
+		k := Key{r.TypeUrl, res.Name}
+		u.mu.Lock()
+		wanted := u.wanted[k]
+		if wanted {
+			u.versions[k] = res.Version
+		}
+		u.mu.Unlock()
+		if !wanted {
+			continue
+		}
+		body := res.Resource
+		if u.config.Overlay != nil {
+			body = u.config.Overlay(k, body)
+		}
+		u.config.Cache.Relay(k, res.Version, body)
+		relayed = append(relayed, Resource{k, res.Version, body})
+	}
+	u.config.Changed(r.TypeUrl)
+	return func(ctx context.Context) error {
+		refusals := Refusals{}
+		for _, x := range relayed {
+			var refused *Refused
+			if err := u.config.Cache.Settled(ctx, x.Key, x.Version); errors.As(err, &refused) {
+				refusals[x.Key.Name] = refused.Text
+			} else if err != nil {
+				return err
+			}
+		}
+		if len(refusals) > 0 {
+			return refusals
+		}
+		return nil
+	}
+}
+
+// answer waits until a response is in force, and says so or why not, by resource where it can.
+func (u *Upstream) answer(ctx context.Context, r *discovery.DeltaDiscoveryResponse, inForce func(context.Context) error, out chan<- *discovery.DeltaDiscoveryRequest) {
+	err := u.await(ctx, r, inForce)
+	answer := &discovery.DeltaDiscoveryRequest{TypeUrl: r.TypeUrl, ResponseNonce: r.Nonce}
+	var refusals Refusals
+	if errors.As(err, &refusals) {
+		if refusals = refusals.of(r); len(refusals) > 0 {
+			err = refusals
+		} else { // they are about what came before
+			err = nil
+		}
+	}
+	if err != nil {
+		answer.ErrorDetail = &rpcstatus.Status{Code: int32(codes.Internal), Message: err.Error()}
+	}
+	select {
+	case out <- answer:
+	case <-ctx.Done():
+	}
+}
+
+// await waits until a response is in force, for as long as the stream lasts. After Settle it is looked at anew: what came
+// since may be what is waited for.
+func (u *Upstream) await(ctx context.Context, r *discovery.DeltaDiscoveryResponse, inForce func(context.Context) error) error {
+	for {
+		limited, cancel := context.WithTimeout(ctx, u.config.Settle)
+		err := inForce(limited)
+		cancel()
+		if !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
+			return err
+		}
+		u.config.Log.Warn("Envoy does not answer, going on waiting", "type", r.TypeUrl, "count", len(r.Resources), "error", err)
+	}
+}
+
+// store keeps one resource of the index.
+func (u *Upstream) store(k Key, version string, body *anypb.Any) error {
+	m, err := body.UnmarshalNew()
+	if err != nil {
+		return fmt.Errorf("read %s: %w", k.Name, err)
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.bodies[k], u.versions[k] = m, version
+	return nil
+}
+
+// index stores own resources.
+func (u *Upstream) index(r *discovery.DeltaDiscoveryResponse) error {
+	var bad error
+	for _, res := range r.Resources {
+		if err := u.store(Key{r.TypeUrl, res.Name}, res.Version, res.Resource); err != nil {
+			bad = err
+		}
+	}
+	u.mu.Lock()
+	for _, name := range r.RemovedResources {
+		k := Key{r.TypeUrl, name}
+		delete(u.bodies, k)
+		delete(u.versions, k)
+	}
+	if u.missing[r.TypeUrl] {
+		delete(u.missing, r.TypeUrl)
+		if len(u.missing) == 0 {
+			close(u.synced)
+		}
+	}
+	u.mu.Unlock()
+	u.config.Changed(r.TypeUrl)
+	return bad
+}

@@ -1,0 +1,114 @@
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/cilium/ebpf"
+)
+
+// AttachProxy makes the processes of a cgroup one generation of Envoy: its sockets are exempt from capture, its
+// listeners in enrolled pods are recorded, its SO_ORIGINAL_DST and tag options are answered, and it may connect only
+// inside enrolled pods. The cgroup lies below CgroupRoot and holds Envoy itself and nothing else. Call it again after the directory
+// was remade: the kernel then knows it by another number.
+func (r *Redirect) AttachProxy(generation uint32, cgroupPath string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !strings.HasPrefix(filepath.Clean(cgroupPath), r.cgroupRoot+"/") {
+		return fmt.Errorf("attach Envoy's hooks: cgroup %s does not lie below %s, whose hooks its sockets need too", cgroupPath, r.cgroupRoot)
+	}
+	cgroup, err := openCgroup(cgroupPath, 0)
+	if err != nil {
+		return fmt.Errorf("attach Envoy's hooks: %w", err)
+	}
+	defer cgroup.file.Close()
+	if err := os.MkdirAll(r.pins.proxy(generation), 0o700); err != nil {
+		return fmt.Errorf("attach Envoy's hooks: make pin directory: %w", err)
+	}
+	for _, name := range proxyHooks {
+		if err := r.attachProxyHook(name, generation, cgroup); err != nil {
+			return errors.Join(fmt.Errorf("attach Envoy's hooks: %w", err), r.detachProxy(generation))
+		}
+	}
+	// The exemption comes last: without the hooks it would be one nobody can see through.
+	if err := r.exempt(generation, cgroup.id); err != nil {
+		return errors.Join(fmt.Errorf("attach Envoy's hooks: %w", err), r.detachProxy(generation))
+	}
+	return nil
+}
+
+func (r *Redirect) attachProxyHook(name string, generation uint32, cgroup target) error {
+	program, err := r.program(name, uint64(generation))
+	if err != nil {
+		return err
+	}
+	defer program.Close()
+	cgroup.attach = r.spec.Programs[name].AttachType
+	var undo undoList
+	defer undo.drop()
+	change, err := ensureLink(filepath.Join(r.pins.proxy(generation), name), cgroup, program, &undo)
+	r.logChange(change, name)
+	return err
+}
+
+// DetachProxy takes AttachProxy back. A generation that is not attached is no error.
+func (r *Redirect) DetachProxy(generation uint32) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.detachProxy(generation)
+}
+
+func (r *Redirect) detachProxy(generation uint32) error {
+	errs := []error{r.exempt(generation, 0)}
+	for _, name := range proxyHooks {
+		errs = append(errs, removePin(filepath.Join(r.pins.proxy(generation), name)))
+	}
+	errs = append(errs, removePin(r.pins.proxy(generation)))
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("detach generation %d of Envoy: %w", generation, err)
+	}
+	return nil
+}
+
+// exempt makes cgroup the only one of a generation; 0 leaves none.
+func (r *Redirect) exempt(generation uint32, cgroup uint64) error {
+	if cgroup != 0 {
+		if err := r.put(weftMapProxies, cgroup, generation); err != nil {
+			return fmt.Errorf("exempt cgroup: %w", err)
+		}
+	}
+	var old []uint64
+	var id uint64
+	var value uint32
+	all := r.maps[weftMapProxies].Iterate()
+	for all.Next(&id, &value) {
+		if value == generation && id != cgroup {
+			old = append(old, id)
+		}
+	}
+	errs := []error{all.Err()}
+	for _, id := range old {
+		errs = append(errs, ignoreMissing(r.maps[weftMapProxies].Delete(id)))
+	}
+	return errors.Join(errs...)
+}
+
+// generations lists the attached generations of Envoy, oldest first.
+func generations(proxies *ebpf.Map) ([]uint32, error) {
+	var found []uint32
+	var id uint64
+	var generation uint32
+	all := proxies.Iterate()
+	for all.Next(&id, &generation) {
+		found = append(found, generation)
+	}
+	if err := all.Err(); err != nil {
+		return nil, fmt.Errorf("list generations of Envoy: %w", err)
+	}
+	slices.Sort(found)
+	return slices.Compact(found), nil
+}

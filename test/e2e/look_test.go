@@ -1,0 +1,129 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weftmesh/weft/test/cluster"
+)
+
+// programmed waits until a policy says that it is in force.
+func programmed(t *testing.T, kind, name string) {
+	t.Helper()
+	programmedIn(t, "mesh", kind, name)
+}
+
+func programmedIn(t *testing.T, namespace, kind, name string) {
+	t.Helper()
+	until(t, time.Minute, kind+" "+name+" to be programmed", func() (bool, string) { return isProgrammed(t, namespace, kind, name) })
+}
+
+// isProgrammed: the policy's newest form is in force.
+func isProgrammed(t *testing.T, namespace, kind, name string) (bool, string) {
+	t.Helper()
+	out, err := k8s.Kubectl(t.Context(), "get", kind, name, "-n", namespace, "-o",
+		`jsonpath={.metadata.generation} {range .status.conditions[?(@.type=="Programmed")]}{.observedGeneration} {.status} {.reason}: {.message}{end}`)
+	if err != nil {
+		return false, err.Error()
+	}
+	f := strings.Fields(out)
+	return len(f) > 2 && f[0] == f[1] && f[2] == "True", out
+}
+
+// clusterIPs are a Service's addresses, one of each family that it has.
+func clusterIPs(t *testing.T, service string) []string {
+	t.Helper()
+	out, err := k8s.Kubectl(t.Context(), "get", "service", service, "-n", "mesh", "-o", "jsonpath={.spec.clusterIPs[*]}")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Fields(out)
+}
+
+// accepted waits until a route of the namespace mesh is accepted, its references are good and it is in force.
+func accepted(t *testing.T, route string) {
+	t.Helper()
+	until(t, time.Minute, "route "+route+" to be in force", func() (bool, string) {
+		out, err := k8s.Kubectl(t.Context(), "get", "httproute", route, "-n", "mesh", "-o", `jsonpath={range .status.parents[*].conditions[*]}{.type}={.status} {.reason} {.message}{"\n"}{end}`)
+		return err == nil && strings.Contains(out, "Accepted=True") && strings.Contains(out, "ResolvedRefs=True") && strings.Contains(out, "Programmed=True"), out
+	})
+}
+
+// logLine is a line of Envoy's access log.
+type logLine struct {
+	Kind, Direction, Time, Path, Method, Details, Flags, Chain, Remote, Destination, Peer, Local, Failure, Source string
+	Status                                                                                                        any
+}
+
+// proxy is the nodeproxy pod of a node.
+func proxy(t *testing.T, node string) string {
+	t.Helper()
+	pods, err := k8s.Pods(t.Context(), system, "app=weft-nodeproxy")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range pods {
+		if p.Node == node && !p.Deleting {
+			return p.Name
+		}
+	}
+	t.Fatalf("no nodeproxy on %s", node)
+	return ""
+}
+
+// accessLog reads what a node's Envoy logged since.
+func accessLog(t *testing.T, node string, since time.Time) []logLine {
+	t.Helper()
+	out, err := k8s.Kubectl(t.Context(), "logs", "-n", system, proxy(t, node), "-c", "envoy", "--since-time", since.UTC().Format(time.RFC3339Nano))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var lines []logLine
+	for raw := range strings.Lines(out) {
+		var l logLine
+		if json.Unmarshal([]byte(raw), &l) == nil && l.Direction != "" {
+			lines = append(lines, l)
+		}
+	}
+	return lines
+}
+
+// admin asks a node's Envoy by its admin socket, which only the node's root reaches.
+func admin(t *testing.T, node, path string) string {
+	t.Helper()
+	c := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", fmt.Sprintf("/proc/%d/root/run/weft/envoy/admin.sock", machine(t, node).PID))
+	}}}
+	answer, err := c.Get("http://envoy" + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	out, err := io.ReadAll(answer.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(out)
+}
+
+// machine is a node as the test's host sees it.
+func machine(t *testing.T, node string) cluster.Node {
+	t.Helper()
+	for _, n := range k8s.Nodes {
+		if n.Name == node {
+			return n
+		}
+	}
+	t.Fatalf("no node %s", node)
+	return cluster.Node{}
+}

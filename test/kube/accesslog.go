@@ -1,0 +1,100 @@
+package kube
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+)
+
+// Meeting is one connection or one request that a callee's Envoy took, as its access log has it.
+type Meeting struct {
+	// At is when it began.
+	At time.Time
+	// Request: HTTP was parsed, and Path is the request's.
+	Request bool
+	Path    string
+	Caller  netip.Addr
+	Callee  netip.AddrPort
+	// Peer is the SPIFFE ID of the caller's certificate, Local that of the callee's; both empty without mesh TLS.
+	Peer, Local string
+}
+
+// Secure tells whether the caller showed a certificate.
+func (m Meeting) Secure() bool { return m.Peer != "" }
+
+// AccessLogs follow what all nodes' Envoys log about callees: a node keeps only the newest part.
+type AccessLogs struct {
+	cancel context.CancelFunc
+	done   sync.WaitGroup
+
+	mu    sync.Mutex
+	heard []Meeting
+}
+
+// FollowAccessLogs follows the logs of weft's node pods in a namespace until ctx ends or Stop.
+func (c *Cluster) FollowAccessLogs(ctx context.Context, namespace string) (*AccessLogs, error) {
+	pods, err := c.Pods(ctx, namespace, "app=weft-nodeproxy")
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	a := &AccessLogs{cancel: cancel}
+	for _, p := range pods {
+		cmd := c.Command(ctx, "logs", "-n", namespace, "-f", "--tail=1", p.Name, "-c", "envoy")
+		out, err := cmd.StdoutPipe()
+		if err == nil {
+			err = cmd.Start()
+		}
+		if err != nil {
+			cancel()
+			return nil, fmt.Errorf("follow the access log of %s: %w", p.Name, err)
+		}
+		a.done.Go(func() {
+			lines := bufio.NewScanner(out)
+			lines.Buffer(make([]byte, 1<<16), 1<<20)
+			for lines.Scan() {
+				if m, ok := meeting(lines.Bytes()); ok {
+					a.mu.Lock()
+					a.heard = append(a.heard, m)
+					a.mu.Unlock()
+				}
+			}
+			_ = cmd.Wait()
+		})
+	}
+	return a, nil
+}
+
+// Stop ends following.
+func (a *AccessLogs) Stop() { a.cancel(); a.done.Wait() }
+
+// Heard returns all meetings so far. Envoy writes its log once a second, and a connection's line when it has ended.
+func (a *AccessLogs) Heard() []Meeting {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.heard)
+}
+
+// meeting reads one line; false: it is about no callee.
+func meeting(line []byte) (Meeting, bool) {
+	var l struct{ Kind, Direction, Time, Path, Remote, Destination, Peer, Local string }
+	if json.Unmarshal(line, &l) != nil || l.Direction != "in" {
+		return Meeting{}, false
+	}
+	at, err1 := time.Parse(time.RFC3339Nano, l.Time)
+	caller, err2 := netip.ParseAddrPort(l.Remote)
+	callee, err3 := netip.ParseAddrPort(l.Destination)
+	if err1 != nil || err2 != nil || err3 != nil {
+		return Meeting{}, false
+	}
+	m := Meeting{At: at, Request: l.Kind == "request", Path: l.Path, Caller: caller.Addr().Unmap(), Callee: netip.AddrPortFrom(callee.Addr().Unmap(), callee.Port())}
+	if l.Peer != "-" {
+		m.Peer, m.Local = l.Peer, l.Local
+	}
+	return m, true
+}

@@ -1,0 +1,281 @@
+// Package kube drives a Kubernetes cluster as a user does: by kubectl and helm. Demo and e2e tests share it.
+package kube
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/weftmesh/weft/test/cluster"
+)
+
+// Cluster is a running embedded cluster.
+type Cluster struct {
+	*cluster.Cluster
+}
+
+// Open finds the cluster that `make cluster-up` made in a clone's root.
+func Open(root string) (*Cluster, error) {
+	root, err := filepath.Abs(root)
+	if err != nil {
+		return nil, fmt.Errorf("open cluster: %w", err)
+	}
+	c, err := cluster.Open(root)
+	if err != nil {
+		return nil, err
+	}
+	return &Cluster{c}, nil
+}
+
+func (c *Cluster) run(ctx context.Context, stdin, binary string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, binary, args...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.Kubeconfig)
+	cmd.Stdin = strings.NewReader(stdin)
+	var out, complaint bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &complaint
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("%s %s: %w: %s", filepath.Base(binary), strings.Join(args, " "), err, strings.TrimSpace(complaint.String()))
+	}
+	return out.String(), nil
+}
+
+// Kubectl runs kubectl and returns what it prints.
+func (c *Cluster) Kubectl(ctx context.Context, args ...string) (string, error) {
+	return c.run(ctx, "", c.Cluster.Kubectl, args...)
+}
+
+// Pipe runs kubectl with an input.
+func (c *Cluster) Pipe(ctx context.Context, stdin string, args ...string) (string, error) {
+	return c.run(ctx, stdin, c.Cluster.Kubectl, args...)
+}
+
+// Helm runs helm and returns what it prints.
+func (c *Cluster) Helm(ctx context.Context, args ...string) (string, error) {
+	return c.run(ctx, "", c.Cluster.Helm, args...)
+}
+
+// Command returns kubectl as a command to start and to read while it runs.
+func (c *Cluster) Command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, c.Cluster.Kubectl, args...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.Kubeconfig)
+	return cmd
+}
+
+// Admin asks a node's Envoy by its admin socket, which only the node's root reaches.
+func (c *Cluster) Admin(ctx context.Context, node, path string) (string, error) {
+	for _, n := range c.Nodes {
+		if n.Name != node {
+			continue
+		}
+		client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return (&net.Dialer{}).DialContext(ctx, "unix", fmt.Sprintf("/proc/%d/root/run/weft/envoy/admin.sock", n.PID))
+			}}}
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://envoy"+path, nil)
+		if err != nil {
+			return "", fmt.Errorf("ask Envoy on %s for %s: %w", node, path, err)
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			return "", fmt.Errorf("ask Envoy on %s for %s: %w", node, path, err)
+		}
+		defer resp.Body.Close()
+		text, err := io.ReadAll(resp.Body)
+		if err != nil {
+			return "", fmt.Errorf("ask Envoy on %s for %s: %w", node, path, err)
+		}
+		return string(text), nil
+	}
+	return "", fmt.Errorf("ask Envoy on %s: the cluster has no such node", node)
+}
+
+// Apply applies manifests.
+func (c *Cluster) Apply(ctx context.Context, manifests string) error {
+	_, err := c.run(ctx, manifests, c.Cluster.Kubectl, "apply", "-f", "-")
+	return err
+}
+
+// ApplyFile applies a file or folder of manifests.
+func (c *Cluster) ApplyFile(ctx context.Context, path string) error {
+	_, err := c.Kubectl(ctx, "apply", "-f", path)
+	return err
+}
+
+// Delete deletes what manifests name; what is not there is no error.
+func (c *Cluster) Delete(ctx context.Context, manifests string) error {
+	_, err := c.run(ctx, manifests, c.Cluster.Kubectl, "delete", "--ignore-not-found", "-f", "-")
+	return err
+}
+
+// Pod is the part of a pod that tests look at.
+type Pod struct {
+	Name, Namespace, UID, Node, Phase string
+	Labels                            map[string]string
+	IPs                               []string
+	Restarts                          int
+	Ready                             bool
+	Deleting                          bool
+	Conditions                        map[string]Condition
+}
+
+// Condition is one condition of an object.
+type Condition struct{ Status, Reason, Message string }
+
+type objectList struct {
+	Items []struct {
+		Metadata struct {
+			Name, Namespace, UID string
+			Labels               map[string]string
+			DeletionTimestamp    *time.Time
+		}
+		Spec   struct{ NodeName string }
+		Status struct {
+			Phase             string
+			PodIPs            []struct{ IP string }
+			Conditions        []struct{ Type, Status, Reason, Message string }
+			ContainerStatuses []struct{ RestartCount int }
+		}
+	}
+}
+
+// Pods lists a namespace's pods that match a label selector.
+func (c *Cluster) Pods(ctx context.Context, namespace, selector string) ([]Pod, error) {
+	args := []string{"get", "pods", "-n", namespace, "-o", "json"}
+	if selector != "" {
+		args = append(args, "-l", selector)
+	}
+	out, err := c.Kubectl(ctx, args...)
+	if err != nil {
+		return nil, err
+	}
+	var list objectList
+	if err := json.Unmarshal([]byte(out), &list); err != nil {
+		return nil, fmt.Errorf("read pods: %w", err)
+	}
+	var pods []Pod
+	for _, i := range list.Items {
+		p := Pod{Name: i.Metadata.Name, Namespace: i.Metadata.Namespace, UID: i.Metadata.UID, Labels: i.Metadata.Labels, Node: i.Spec.NodeName,
+			Phase: i.Status.Phase, Deleting: i.Metadata.DeletionTimestamp != nil, Conditions: map[string]Condition{}}
+		for _, a := range i.Status.PodIPs {
+			p.IPs = append(p.IPs, a.IP)
+		}
+		for _, s := range i.Status.ContainerStatuses {
+			p.Restarts += s.RestartCount
+		}
+		for _, k := range i.Status.Conditions {
+			p.Conditions[k.Type] = Condition{k.Status, k.Reason, k.Message}
+		}
+		p.Ready = p.Conditions["Ready"].Status == "True"
+		pods = append(pods, p)
+	}
+	return pods, nil
+}
+
+// Until asks again until done, or fails with the last detail at the deadline. show, if set, gets each detail.
+func Until(ctx context.Context, limit time.Duration, what string, show func(string), ask func(context.Context) (done bool, detail string)) error {
+	return Every(ctx, 100*time.Millisecond, limit, what, func(ctx context.Context) (bool, string) {
+		done, detail := ask(ctx)
+		if !done && show != nil {
+			show(detail)
+		}
+		return done, detail
+	})
+}
+
+// Every is Until with a period of its own.
+func Every(ctx context.Context, period, limit time.Duration, what string, ask func(context.Context) (done bool, detail string)) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	tick := time.NewTicker(period)
+	defer tick.Stop()
+	last := "nothing was seen"
+	for {
+		done, detail := ask(ctx)
+		if done {
+			return nil
+		}
+		if ctx.Err() == nil || !errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			last = detail
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for %s: %w; last seen: %s", what, ctx.Err(), last)
+		case <-tick.C:
+		}
+	}
+}
+
+// UntilReady waits until a namespace has pods that match, all of them ready. The error tells what keeps one that is not.
+func (c *Cluster) UntilReady(ctx context.Context, limit time.Duration, namespace, selector string, show func(string)) error {
+	var waiting string
+	err := Until(ctx, limit, "pods in "+namespace+" to be ready", show, func(ctx context.Context) (bool, string) {
+		pods, err := c.Pods(ctx, namespace, selector)
+		if err != nil {
+			return false, err.Error()
+		}
+		ready := 0
+		for _, p := range pods {
+			if p.Ready && !p.Deleting {
+				ready++
+			} else {
+				waiting = p.Name
+			}
+		}
+		return len(pods) > 0 && ready == len(pods), fmt.Sprintf("%d/%d pods ready %s", ready, len(pods), waiting)
+	})
+	if err == nil || waiting == "" || ctx.Err() != nil {
+		return err
+	}
+	return fmt.Errorf("%w\n%s", err, c.Explain(ctx, namespace, waiting))
+}
+
+// Explain is what kubectl knows about a pod in trouble: its containers, its events and the end of its logs.
+func (c *Cluster) Explain(ctx context.Context, namespace, pod string) string {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	var all []string
+	for _, args := range [][]string{
+		{"get", "pod", pod, "-o", `jsonpath={.status.phase} {.status.containerStatuses}`},
+		{"events", "--for=pod/" + pod},
+		{"logs", "--all-containers", "--tail=20", pod},
+		{"logs", "--all-containers", "--tail=20", "--previous", pod},
+	} {
+		out, err := c.Kubectl(ctx, append([]string{"-n", namespace}, args...)...)
+		if err != nil && out == "" {
+			out = err.Error()
+		}
+		all = append(all, strings.TrimSpace(out))
+	}
+	return strings.Join(all, "\n")
+}
+
+// UntilCondition waits until a condition of all pods that match has a status.
+func (c *Cluster) UntilCondition(ctx context.Context, limit time.Duration, namespace, selector, condition, status string, show func(string)) error {
+	return Until(ctx, limit, condition+"="+status+" of pods in "+namespace, show, func(ctx context.Context) (bool, string) {
+		pods, err := c.Pods(ctx, namespace, selector)
+		if err != nil {
+			return false, err.Error()
+		}
+		have := 0
+		detail := ""
+		for _, p := range pods {
+			k := p.Conditions[condition]
+			if k.Status == status {
+				have++
+			} else {
+				detail = fmt.Sprintf("; %s: %s %s %s", p.Name, k.Status, k.Reason, k.Message)
+			}
+		}
+		return len(pods) > 0 && have == len(pods), fmt.Sprintf("%d/%d pods%s", have, len(pods), detail)
+	})
+}

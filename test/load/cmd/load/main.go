@@ -1,0 +1,88 @@
+// Command load runs the traffic generator and prints its counters, one JSON object a line.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"log"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/weftmesh/weft/test/load"
+)
+
+func main() {
+	targets := flag.String("targets", os.Getenv("LOAD_TARGETS"), "JSON list of targets, or @file")
+	every := flag.Duration("every", 500*time.Millisecond, "time between two lines")
+	last := flag.Duration("for", 0, "stop after this time; 0: on SIGTERM")
+	timeout := flag.Duration("timeout", 10*time.Second, "timeout of one request")
+	held := flag.Bool("held", false, "open no connection before -begin")
+	begin := flag.Bool("begin", false, "let the container's process 1, which is -held, begin; then end")
+	flag.Parse()
+	if *begin {
+		if err := syscall.Kill(1, syscall.SIGUSR1); err != nil {
+			log.Fatalf("let process 1 begin: %v", err)
+		}
+		return
+	}
+	start := make(chan os.Signal, 1)
+	if *held {
+		signal.Notify(start, syscall.SIGUSR1)
+	} else {
+		close(start)
+	}
+	if err := run(start, *targets, *every, *last, *timeout); err != nil {
+		log.Fatal(err)
+	}
+}
+
+func run(start <-chan os.Signal, targets string, every, last, timeout time.Duration) error {
+	text := []byte(targets)
+	if len(text) > 0 && text[0] == '@' {
+		var err error
+		if text, err = os.ReadFile(targets[1:]); err != nil {
+			return fmt.Errorf("read targets: %w", err)
+		}
+	}
+	c := load.Config{Timeout: timeout}
+	if err := json.Unmarshal(text, &c.Targets); err != nil {
+		return fmt.Errorf("read targets (a JSON list in -targets or LOAD_TARGETS): %w", err)
+	}
+	g, err := load.NewGenerator(c)
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+	if last > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, last)
+		defer cancel()
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		select {
+		case <-start:
+			g.Run(ctx)
+		case <-ctx.Done():
+		}
+	}()
+	out := json.NewEncoder(os.Stdout)
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-done:
+			return out.Encode(g.Stats())
+		case <-tick.C:
+			if err := out.Encode(g.Stats()); err != nil {
+				return fmt.Errorf("print counters: %w", err)
+			}
+		}
+	}
+}
