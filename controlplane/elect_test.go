@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -117,6 +118,10 @@ func TestLostLeaseIsNotTakenBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clients := fake.NewClientset()
 		began := make(chan struct{})
+		var away atomic.Bool
+		clients.PrependReactor("update", "leases", func(k8stesting.Action) (bool, runtime.Object, error) {
+			return away.Load(), nil, errors.New("the API server is away")
+		})
 		var renewed, toldAt time.Time
 		_, ended := start(candidate(clients, "one"), func(ctx context.Context) error {
 			close(began)
@@ -131,9 +136,7 @@ func TestLostLeaseIsNotTakenBack(t *testing.T) {
 		})
 		<-began
 		renewed = time.Now()
-		clients.PrependReactor("update", "leases", func(k8stesting.Action) (bool, runtime.Object, error) {
-			return true, nil, errors.New("the API server is away")
-		})
+		away.Store(true)
 		if err := <-ended; err != nil {
 			t.Error(err)
 		}

@@ -31,9 +31,13 @@ func TestListenersComeAndGo(t *testing.T) {
 		apart := proto.Clone(holder).(*listener.Listener)
 		apart.AdditionalAddresses = nil
 		apart.Address.GetSocketAddress().Address, apart.Address.GetSocketAddress().Ipv4Compat = "127.0.0.1", false
-		if err := comeAndGo(t, node, pod, apart); err == nil {
-			t.Error("Envoy does not need the holder's addresses any more: see lds.Holder")
+		for range 10 { // freed memory is not always another's already
+			if err := comeAndGo(t, node, pod, apart); err != nil {
+				t.Log(err)
+				return
+			}
 		}
+		t.Error("Envoy does not need the holder's addresses any more: see lds.Holder")
 	})
 }
 

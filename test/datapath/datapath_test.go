@@ -414,7 +414,7 @@ func TestDataPath(t *testing.T) {
 			http2  bool
 		}{{"near", 80, false}, {"far", 80, false}, {"near", 90, true}, {"far", 90, true}} {
 			m.policy(strict(asBytes(httpPort), asBytes(h2Port)))
-			load := start(client, m.Address(c.server, c.port, false), c.http2, 16)
+			load := start(client, m.Address(c.server, c.port, false), c.http2, 16, 10*time.Millisecond)
 			judged := func() uint64 {
 				n, err := m.Stat(node(c.server), fmt.Sprintf("http.in-uid-%s-%d.rbac.allowed", c.server, map[bool]int{false: httpPort, true: h2Port}[c.http2]))
 				if err != nil {
@@ -443,7 +443,7 @@ func TestDataPath(t *testing.T) {
 
 	t.Run("without moving the pools the load sees losses", func(t *testing.T) {
 		m.policy(strict(asBytes(httpPort)))
-		load := start(client, m.Address("far", 80, false), false, 16)
+		load := start(client, m.Address("far", 80, false), false, 16, 0)
 		load.more(t, 200)
 		m.Pod("far").Policy = strict(allowAll(httpPort))
 		m.apply()
@@ -612,7 +612,7 @@ func eventually(t *testing.T, f func() error) {
 	}
 }
 
-// load asks without a pause over connections that are kept.
+// load asks over connections that are kept, with a pause after each request or none.
 type load struct {
 	done    chan struct{}
 	wait    sync.WaitGroup
@@ -621,7 +621,7 @@ type load struct {
 	failure error
 }
 
-func start(pod *lab.Pod, address string, http2 bool, connections int) *load {
+func start(pod *lab.Pod, address string, http2 bool, connections int, pause time.Duration) *load {
 	l := &load{done: make(chan struct{})}
 	for range connections {
 		l.wait.Go(func() {
@@ -631,7 +631,7 @@ func start(pod *lab.Pod, address string, http2 bool, connections int) *load {
 				select {
 				case <-l.done:
 					return
-				default:
+				case <-time.After(pause):
 				}
 				status, body, err := ask(client, address, "/items")
 				if err != nil || status != 200 {

@@ -22,7 +22,7 @@ spec:
     - name: mariadb
       image: weft.dev/test-mariadb:dev
       args: [--no-defaults, --datadir=/data, --skip-grant-tables, --skip-networking=0, '--bind-address=0.0.0.0,::', --socket=/tmp/s.sock, --innodb-buffer-pool-size=16M, --innodb-log-file-size=4M]
-      readinessProbe: {tcpSocket: {port: 3306}, periodSeconds: 1}
+      readinessProbe: {tcpSocket: {port: 3306}, periodSeconds: 1, timeoutSeconds: 10}
       volumeMounts: [{name: data, mountPath: /data}]
   volumes: [{name: data, emptyDir: {medium: Memory}}]
 ---

@@ -31,16 +31,16 @@ spec:
         - name: app
           image: docker.io/weft/toolbox:1
           args: [serve]
-          readinessProbe: {grpc: {port: 9002}, periodSeconds: 1}
-          livenessProbe: {tcpSocket: {port: 9000}, periodSeconds: 1}
+          readinessProbe: {grpc: {port: 9002}, periodSeconds: 1, timeoutSeconds: 10}
+          livenessProbe: {tcpSocket: {port: 9000}, periodSeconds: 1, timeoutSeconds: 10}
           lifecycle:
             postStart: {httpGet: {path: /hit/poststart, port: 8080}}
             preStop: {httpGet: {path: /hit/prestop, port: 8080}}
         - name: beside
           image: docker.io/weft/toolbox:1
           command: [sleep, "1000000"]
-          readinessProbe: {exec: {command: [toolbox, get, "http://127.0.0.1:8080/hit/exec"]}, periodSeconds: 1}
-          livenessProbe: {httpGet: {path: /hit/http, port: 8080}, periodSeconds: 1}
+          readinessProbe: {exec: {command: [toolbox, get, "http://127.0.0.1:8080/hit/exec"]}, periodSeconds: 1, timeoutSeconds: 10}
+          livenessProbe: {httpGet: {path: /hit/http, port: 8080}, periodSeconds: 1, timeoutSeconds: 10}
 `
 
 // TestProbes: §4. Under Strict kubelet's probes of every kind and its hooks reach the app on both nodes; a stranger and a

@@ -83,6 +83,12 @@ func (a *api) said() string {
 	return strings.Join(a.writes, ", ")
 }
 
+func (a *api) count() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.writes)
+}
+
 // show lets the watch see what an object's status is.
 func show(p *engine.Picture, name, status, reason string) {
 	c := metav1.Condition{Type: "Programmed", Status: metav1.ConditionStatus(status), Reason: reason, ObservedGeneration: 2}
@@ -166,10 +172,10 @@ func TestWriting(t *testing.T) {
 			}
 			w.Take(*p)
 			pass(time.Millisecond)
-			first := len(a.writes)
+			first := a.count()
 			pass(1900 * time.Millisecond) // before any is written a second time
-			if len(a.writes) < 55 || first > perSecond+1 {
-				t.Errorf("%d at once, %d after 1.9 s", first, len(a.writes))
+			if all := a.count(); all < 55 || first > perSecond+1 {
+				t.Errorf("%d at once, %d after 1.9 s", first, all)
 			}
 		})
 	})
