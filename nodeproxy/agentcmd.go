@@ -41,7 +41,7 @@ func newAgentCommand() *cobra.Command {
 	f.StringVar(&c.NetnsDir, "netns-dir", "/run/netns", "the runtime's network namespaces")
 	f.StringVar(&c.BootIDFile, "boot-id-file", "/proc/sys/kernel/random/boot_id", "file that names the node's boot")
 	f.StringVar(&c.Metrics, "metrics", ":15021", "address of /metrics, /healthz and /readyz")
-	f.DurationVar(&c.Settle, "settle", c.Settle, "time that a withdrawn pod's listeners stay at least")
+	f.DurationVar(&c.Settle, "settle", c.Settle, "time after which Envoys' workers have what Envoys acknowledged: a pod enforces, or loses its listeners, no sooner")
 	f.DurationVar(&c.Linger, "linger", 10*time.Minute, "time that they stay at most while connections use them")
 	f.BoolVar(&c.AccessLog, "access-log", false, "one JSON line for each inbound connection or request")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")

@@ -77,7 +77,7 @@ type Config struct {
 	Generation func() (uint32, bool)
 	Report     func(*meshv1.PodReport)
 	// Settle is how long after the end of capture a pod's listeners stay at least, for connections that are still on their
-	// way; Linger how long they stay at most while connections use them.
+	// way, and how long Envoys' workers take at most to have what Envoys acknowledged; Linger how long they stay at most while connections use them.
 	Settle, Linger time.Duration
 	// Drain is how long after the end of a filter chain Envoy has cut every connection that it had.
 	Drain     time.Duration
@@ -124,6 +124,9 @@ type state struct {
 	generation uint32
 	// prepared: the kernel knows the pod; complete: its connections went to that Envoy, and capture has not ended since.
 	prepared, complete bool
+	// moved is when the controller first asked to enforce: every Envoy had acknowledged that callers use mTLS here. Their
+	// workers have it Settle later, and only then is plaintext refused.
+	moved time.Time
 	// leaving is when outbound capture ended, left when inbound capture did. Between them Settle passes: Envoys acknowledge
 	// "plaintext" before their workers have it, and what an app without TLS makes of a handshake may be nothing at all. The
 	// listeners stay until their connections have ended.
@@ -285,8 +288,11 @@ func (e *Enroller) reconcile(ctx context.Context, uid string) (again time.Durati
 		e.keep(uid, nil)
 		return 0, nil
 	}
-	if !s.leaving.IsZero() {
+	switch {
+	case !s.leaving.IsZero():
 		again = 100 * time.Millisecond
+	case err == nil && e.early(s) > 0:
+		again = e.early(s)
 	}
 	return again, err
 }

@@ -458,3 +458,28 @@ func TestMaxConnection(t *testing.T) {
 		t.Errorf("an hour's SVIDs bound connections to %v", got)
 	}
 }
+
+// TestStrictWaitsForCallersWorkers: Envoys acknowledge "speak TLS to this pod" before their workers have it.
+func TestStrictWaitsForCallersWorkers(t *testing.T) {
+	w := newWorld()
+	e := w.enrolled(t, captured)
+	e.config.Settle = 500 * time.Millisecond
+	w.wish.Stage = enforced
+	for _, wait := range []time.Duration{500 * time.Millisecond, 200 * time.Millisecond} {
+		again, err := e.reconcile(t.Context(), uid)
+		if err != nil || again != wait {
+			t.Errorf("it looks again after %v, want %v; %v", again, wait, err)
+		}
+		w.never(t, "mode strict=true")
+		w.now = w.now.Add(300 * time.Millisecond)
+	}
+	turn(t, e)
+	w.inOrder(t, "mode strict=true", "report ENFORCED")
+	// The next time the pod enters it waits anew.
+	w.wish.Stage = captured
+	turn(t, e)
+	w.clear()
+	w.wish.Stage = enforced
+	turn(t, e)
+	w.never(t, "mode strict=true")
+}

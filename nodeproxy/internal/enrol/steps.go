@@ -22,7 +22,15 @@ func (e *Enroller) step(ctx context.Context, s *state, wish *meshv1.LocalPod) er
 		return err
 	}
 	policy := (*meshv1.InboundPolicy)(nil)
-	if wish.Stage == meshv1.Stage_STAGE_ENFORCED {
+	if wish.Stage != meshv1.Stage_STAGE_ENFORCED {
+		s.moved = time.Time{}
+	} else {
+		if s.moved.IsZero() {
+			s.moved = e.now()
+		}
+		if e.early(s) > 0 {
+			return nil
+		}
 		if policy = e.config.Wishes.Policy(wish.InboundPolicy); policy == nil {
 			if s.stage == meshv1.Stage_STAGE_ENFORCED {
 				return e.retire(ctx, s, wish) // the next policy is on its way: the last one stays
@@ -31,6 +39,14 @@ func (e *Enroller) step(ctx context.Context, s *state, wish *meshv1.LocalPod) er
 		}
 	}
 	return e.enforce(ctx, s, wish, policy)
+}
+
+// early is how long a captured pod still waits for callers' workers before plaintext is refused.
+func (e *Enroller) early(s *state) time.Duration {
+	if s.stage != meshv1.Stage_STAGE_CAPTURED || s.moved.IsZero() {
+		return 0
+	}
+	return s.moved.Add(e.config.Settle).Sub(e.now())
 }
 
 // capture makes a pod's listeners and hands its connections to them, Permissive and without rules.
@@ -199,7 +215,7 @@ func (e *Enroller) end(s *state) error {
 	}
 	e.config.Identities.Leave(s.account, s.pod.UID)
 	e.forget(s.pod.UID)
-	s.prepared, s.complete, s.stage, s.inbound, s.leaving, s.left = false, false, meshv1.Stage_STAGE_OUT, inbound{}, time.Time{}, time.Time{}
+	s.prepared, s.complete, s.stage, s.inbound, s.leaving, s.left, s.moved = false, false, meshv1.Stage_STAGE_OUT, inbound{}, time.Time{}, time.Time{}, time.Time{}
 	return nil
 }
 
