@@ -184,10 +184,10 @@ func try(t *testing.T, c accessCase, asks []ask, over []route) []trial {
 // TestAccessPolicy: §5.1, one verdict whatever the way to the pod; §5.3, identity rules under Permissive.
 func TestAccessPolicy(t *testing.T) {
 	alone(t, "mesh")
-	all := ways(t)
+	all, log := ways(t), follow(t)
 	asked := 0
 	for _, c := range accessCases {
-		t.Run(c.name, func(t *testing.T) { c.run(t, all) })
+		t.Run(c.name, func(t *testing.T) { c.run(t, all, log) })
 		asked += len(c.asks)
 	}
 	if asked < 60 {
@@ -196,7 +196,7 @@ func TestAccessPolicy(t *testing.T) {
 	t.Logf("%d cases over %d ways", asked, len(all))
 }
 
-func (c accessCase) run(t *testing.T, all []route) {
+func (c accessCase) run(t *testing.T, all []route, logged *followed) {
 	server := pod(t, "mesh", "server", "n1")
 	if c.strict {
 		enterStrict(t)
@@ -209,16 +209,17 @@ func (c accessCase) run(t *testing.T, all []route) {
 	for i := range c.policy {
 		programmed(t, "accesspolicy", fmt.Sprintf("case-%d", i))
 	}
-	before, since := denialsOf(t, server), time.Now()
+	before := denialsOf(t, server)
+	_, first := logged.since(0)
 	trials := try(t, c, c.asks, all)
 	for _, v := range trials {
 		if problem := v.problem(server); problem != "" {
 			t.Errorf("%v: %s", v, problem)
 		}
 	}
-	var log records
 	until(t, 30*time.Second, "the lines of every call", func() (bool, string) {
-		log = readRecords(t, since)
+		lines, _ := logged.since(first)
+		log := readRecords(lines)
 		for _, v := range trials {
 			if problem := v.unlogged(log); problem != "" {
 				return false, fmt.Sprintf("%v: %s", v, problem)

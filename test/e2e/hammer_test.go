@@ -15,7 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
-	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/rest"
 )
 
 var updates = flag.Int("updates", 1000, "updates of one policy")
@@ -105,10 +105,7 @@ func TestHammer(t *testing.T) {
 // each form.
 func hammer(t *testing.T) {
 	t.Helper()
-	config, err := clientcmd.BuildConfigFromFlags("", k8s.Kubeconfig)
-	if err != nil {
-		t.Fatal(err)
-	}
+	config := rest.CopyConfig(k8s.Config)
 	config.QPS, config.Burst = 100, 100
 	client, err := dynamic.NewForConfig(config)
 	if err != nil {

@@ -3,15 +3,21 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/weftmesh/weft/test/cluster"
 )
@@ -27,16 +33,26 @@ func programmedIn(t *testing.T, namespace, kind, name string) {
 	until(t, time.Minute, kind+" "+name+" to be programmed", func() (bool, string) { return isProgrammed(t, namespace, kind, name) })
 }
 
+// plurals of the kinds that isProgrammed knows.
+var plurals = map[string]string{"accesspolicy": "accesspolicies", "authenticationpolicy": "authenticationpolicies"}
+
 // isProgrammed: the policy's newest form is in force.
 func isProgrammed(t *testing.T, namespace, kind, name string) (bool, string) {
 	t.Helper()
-	out, err := k8s.Kubectl(t.Context(), "get", kind, name, "-n", namespace, "-o",
-		`jsonpath={.metadata.generation} {range .status.conditions[?(@.type=="Programmed")]}{.observedGeneration} {.status} {.reason}: {.message}{end}`)
+	raw, err := k8s.Get(t.Context(), fmt.Sprintf("/apis/weft.dev/v1alpha1/namespaces/%s/%s/%s", namespace, plurals[kind], name))
 	if err != nil {
 		return false, err.Error()
 	}
-	f := strings.Fields(out)
-	return len(f) > 2 && f[0] == f[1] && f[2] == "True", out
+	var policy struct {
+		Metadata metav1.ObjectMeta
+		Status   struct{ Conditions []metav1.Condition }
+	}
+	if err := json.Unmarshal(raw, &policy); err != nil {
+		return false, err.Error()
+	}
+	c := meta.FindStatusCondition(policy.Status.Conditions, "Programmed")
+	return c != nil && c.ObservedGeneration == policy.Metadata.Generation && c.Status == metav1.ConditionTrue,
+		fmt.Sprintf("generation %d, condition %+v", policy.Metadata.Generation, c)
 }
 
 // clusterIPs are a Service's addresses, one of each family that it has.
@@ -89,12 +105,53 @@ func accessLog(t *testing.T, node string, since time.Time) []logLine {
 	}
 	var lines []logLine
 	for raw := range strings.Lines(out) {
-		var l logLine
-		if json.Unmarshal([]byte(raw), &l) == nil && l.Direction != "" {
+		if l, ok := readLine([]byte(raw)); ok {
 			lines = append(lines, l)
 		}
 	}
 	return lines
+}
+
+func readLine(raw []byte) (l logLine, ok bool) {
+	return l, json.Unmarshal(raw, &l) == nil && l.Direction != ""
+}
+
+// followed are the lines that both nodes' Envoys have logged since, but those of the shop, which are many.
+type followed struct {
+	mu    sync.Mutex
+	lines []nodeLine
+}
+
+type nodeLine struct {
+	logLine
+	node string
+}
+
+func follow(t *testing.T) *followed {
+	t.Helper()
+	f := &followed{}
+	stop, err := k8s.FollowEnvoys(t.Context(), system, func(node string, raw []byte) {
+		if bytes.Contains(raw, []byte("/ns/shop/")) {
+			return
+		}
+		if l, ok := readLine(raw); ok {
+			f.mu.Lock()
+			f.lines = append(f.lines, nodeLine{l, node})
+			f.mu.Unlock()
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stop)
+	return f
+}
+
+// since returns the lines after the first so many, and how many there are in all.
+func (f *followed) since(first int) ([]nodeLine, int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.lines[first:]), len(f.lines)
 }
 
 // admin asks a node's Envoy by its admin socket, which only the node's root reaches.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -21,6 +22,9 @@ var (
 	before    snapshot.Snapshot
 	untouched inside
 )
+
+// keptByKubelet is the folder that it makes for weft's pods to mount, and never removes.
+var keptByKubelet = regexp.MustCompile(`^n\d: files: \+ /run/weft$`)
 
 // TestUninstall: helm uninstall takes running pods out, unharmed, and leaves nothing. It installs weft again, so that it
 // may run before other tests.
@@ -83,7 +87,7 @@ func TestUninstall(t *testing.T) {
 		if n := untouched.common(now); n < 50 {
 			return false, fmt.Sprintf("only %d places are left to compare", n)
 		}
-		changes := untouched.changes(now)
+		changes := slices.DeleteFunc(untouched.changes(now), func(c string) bool { return keptByKubelet.MatchString(c) })
 		return len(changes) == 0, fmt.Sprintf("%d changes:\n%s", len(changes), strings.Join(changes[:min(40, len(changes))], "\n"))
 	})
 

@@ -9,7 +9,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/weftmesh/weft/test/kube"
 )
@@ -92,25 +91,22 @@ type lines struct {
 
 var markerIn = regexp.MustCompile(`m=[0-9.n]+`)
 
-func readRecords(t *testing.T, since time.Time) records {
-	t.Helper()
+func readRecords(logged []nodeLine) records {
 	r := records{
 		lines{map[string]logLine{}, map[netip.AddrPort]logLine{}},
 		lines{map[string]logLine{}, map[netip.AddrPort]logLine{}},
 	}
-	for _, at := range placements {
-		for _, l := range accessLog(t, at.node, since) {
-			side := r.in
-			if l.Direction == "out" {
-				side = r.out
-			} else if at.node != "n1" {
-				continue
-			}
-			if l.Kind == "request" {
-				side.requests[markerIn.FindString(l.Path)] = l
-			} else if remote, ok := address(l.Remote); ok {
-				side.connections[remote] = l
-			}
+	for _, l := range logged {
+		side := r.in
+		if l.Direction == "out" {
+			side = r.out
+		} else if l.node != "n1" {
+			continue
+		}
+		if l.Kind == "request" {
+			side.requests[markerIn.FindString(l.Path)] = l.logLine
+		} else if remote, ok := address(l.Remote); ok {
+			side.connections[remote] = l.logLine
 		}
 	}
 	return r

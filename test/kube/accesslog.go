@@ -29,8 +29,8 @@ func (m Meeting) Secure() bool { return m.Peer != "" }
 
 // AccessLogs follow what all nodes' Envoys log about callees: a node keeps only the newest part.
 type AccessLogs struct {
-	cancel context.CancelFunc
-	done   sync.WaitGroup
+	// Stop ends following.
+	Stop func()
 
 	mu    sync.Mutex
 	heard []Meeting
@@ -38,12 +38,27 @@ type AccessLogs struct {
 
 // FollowAccessLogs follows the logs of weft's node pods in a namespace until ctx ends or Stop.
 func (c *Cluster) FollowAccessLogs(ctx context.Context, namespace string) (*AccessLogs, error) {
+	a := &AccessLogs{}
+	stop, err := c.FollowEnvoys(ctx, namespace, func(_ string, line []byte) {
+		if m, ok := meeting(line); ok {
+			a.mu.Lock()
+			a.heard = append(a.heard, m)
+			a.mu.Unlock()
+		}
+	})
+	a.Stop = stop
+	return a, err
+}
+
+// FollowEnvoys hands each line that the Envoys of weft's node pods in a namespace log from now on to hear, with the node's
+// name, until ctx ends or stop.
+func (c *Cluster) FollowEnvoys(ctx context.Context, namespace string, hear func(node string, line []byte)) (stop func(), err error) {
 	pods, err := c.Pods(ctx, namespace, "app=weft-nodeproxy")
 	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	a := &AccessLogs{cancel: cancel}
+	var done sync.WaitGroup
 	for _, p := range pods {
 		cmd := c.Command(ctx, "logs", "-n", namespace, "-f", "--tail=1", p.Name, "-c", "envoy")
 		out, err := cmd.StdoutPipe()
@@ -54,24 +69,17 @@ func (c *Cluster) FollowAccessLogs(ctx context.Context, namespace string) (*Acce
 			cancel()
 			return nil, fmt.Errorf("follow the access log of %s: %w", p.Name, err)
 		}
-		a.done.Go(func() {
+		done.Go(func() {
 			lines := bufio.NewScanner(out)
 			lines.Buffer(make([]byte, 1<<16), 1<<20)
 			for lines.Scan() {
-				if m, ok := meeting(lines.Bytes()); ok {
-					a.mu.Lock()
-					a.heard = append(a.heard, m)
-					a.mu.Unlock()
-				}
+				hear(p.Node, lines.Bytes())
 			}
 			_ = cmd.Wait()
 		})
 	}
-	return a, nil
+	return func() { cancel(); done.Wait() }, nil
 }
-
-// Stop ends following.
-func (a *AccessLogs) Stop() { a.cancel(); a.done.Wait() }
 
 // Heard returns all meetings so far. Envoy writes its log once a second, and a connection's line when it has ended.
 func (a *AccessLogs) Heard() []Meeting {

@@ -4,7 +4,6 @@ package kube
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -16,12 +15,21 @@ import (
 	"strings"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+
 	"github.com/weftmesh/weft/test/cluster"
 )
 
-// Cluster is a running embedded cluster.
+// Cluster is a running embedded cluster. What is asked again and again goes to the API server itself: a kubectl costs a
+// tenth of a second of a processor.
 type Cluster struct {
 	*cluster.Cluster
+	// Config leads to the API server.
+	Config  *rest.Config
+	clients *kubernetes.Clientset
 }
 
 // Open finds the cluster that `make cluster-up` made in a clone's root.
@@ -34,7 +42,16 @@ func Open(root string) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Cluster{c}, nil
+	config, err := clientcmd.BuildConfigFromFlags("", c.Kubeconfig)
+	if err != nil {
+		return nil, fmt.Errorf("open cluster: %w", err)
+	}
+	config.QPS = -1
+	clients, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		return nil, fmt.Errorf("open cluster: %w", err)
+	}
+	return &Cluster{c, config, clients}, nil
 }
 
 func (c *Cluster) run(ctx context.Context, stdin, binary string, args ...string) (string, error) {
@@ -131,54 +148,38 @@ type Pod struct {
 // Condition is one condition of an object.
 type Condition struct{ Status, Reason, Message string }
 
-type objectList struct {
-	Items []struct {
-		Metadata struct {
-			Name, Namespace, UID string
-			Labels               map[string]string
-			DeletionTimestamp    *time.Time
-		}
-		Spec   struct{ NodeName string }
-		Status struct {
-			Phase             string
-			PodIPs            []struct{ IP string }
-			Conditions        []struct{ Type, Status, Reason, Message string }
-			ContainerStatuses []struct{ RestartCount int }
-		}
-	}
-}
-
 // Pods lists a namespace's pods that match a label selector.
 func (c *Cluster) Pods(ctx context.Context, namespace, selector string) ([]Pod, error) {
-	args := []string{"get", "pods", "-n", namespace, "-o", "json"}
-	if selector != "" {
-		args = append(args, "-l", selector)
-	}
-	out, err := c.Kubectl(ctx, args...)
+	list, err := c.clients.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: selector})
 	if err != nil {
-		return nil, err
-	}
-	var list objectList
-	if err := json.Unmarshal([]byte(out), &list); err != nil {
-		return nil, fmt.Errorf("read pods: %w", err)
+		return nil, fmt.Errorf("list pods in %s: %w", namespace, err)
 	}
 	var pods []Pod
 	for _, i := range list.Items {
-		p := Pod{Name: i.Metadata.Name, Namespace: i.Metadata.Namespace, UID: i.Metadata.UID, Labels: i.Metadata.Labels, Node: i.Spec.NodeName,
-			Phase: i.Status.Phase, Deleting: i.Metadata.DeletionTimestamp != nil, Conditions: map[string]Condition{}}
+		p := Pod{Name: i.Name, Namespace: i.Namespace, UID: string(i.UID), Labels: i.Labels, Node: i.Spec.NodeName,
+			Phase: string(i.Status.Phase), Deleting: i.DeletionTimestamp != nil, Conditions: map[string]Condition{}}
 		for _, a := range i.Status.PodIPs {
 			p.IPs = append(p.IPs, a.IP)
 		}
 		for _, s := range i.Status.ContainerStatuses {
-			p.Restarts += s.RestartCount
+			p.Restarts += int(s.RestartCount)
 		}
 		for _, k := range i.Status.Conditions {
-			p.Conditions[k.Type] = Condition{k.Status, k.Reason, k.Message}
+			p.Conditions[string(k.Type)] = Condition{string(k.Status), k.Reason, k.Message}
 		}
 		p.Ready = p.Conditions["Ready"].Status == "True"
 		pods = append(pods, p)
 	}
 	return pods, nil
+}
+
+// Get asks the API server for a path.
+func (c *Cluster) Get(ctx context.Context, path string) ([]byte, error) {
+	raw, err := c.clients.RESTClient().Get().AbsPath(path).DoRaw(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("get %s: %w", path, err)
+	}
+	return raw, nil
 }
 
 // Until asks again until done, or fails with the last detail at the deadline. show, if set, gets each detail.
@@ -192,12 +193,10 @@ func Until(ctx context.Context, limit time.Duration, what string, show func(stri
 	})
 }
 
-// Every is Until with a period of its own.
+// Every is Until with a period of its own, between an answer and the next question.
 func Every(ctx context.Context, period, limit time.Duration, what string, ask func(context.Context) (done bool, detail string)) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	tick := time.NewTicker(period)
-	defer tick.Stop()
 	last := "nothing was seen"
 	for {
 		done, detail := ask(ctx)
@@ -210,7 +209,7 @@ func Every(ctx context.Context, period, limit time.Duration, what string, ask fu
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("wait for %s: %w; last seen: %s", what, ctx.Err(), last)
-		case <-tick.C:
+		case <-time.After(period):
 		}
 	}
 }

@@ -162,12 +162,15 @@ func kernelConfig(c Config, boot string) redirect.Config {
 	return k
 }
 
+// lockFile in the run folder is held by the agent that has the node.
+const lockFile = "agent.lock"
+
 // own takes the node: a second agent waits until the first has gone.
 func own(ctx context.Context, c Config) (func(), error) {
 	if err := os.MkdirAll(c.RunDir, 0o750); err != nil {
 		return nil, fmt.Errorf("make run folder: %w", err)
 	}
-	f, err := os.OpenFile(filepath.Join(c.RunDir, "agent.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	f, err := os.OpenFile(filepath.Join(c.RunDir, lockFile), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("take the node: %w", err)
 	}

@@ -99,6 +99,9 @@ func (a *agent) forget() error {
 	if err := os.RemoveAll(a.statePath("")); err != nil {
 		return fmt.Errorf("remove last known state: %w", err)
 	}
+	if err := os.Remove(filepath.Join(a.config.RunDir, lockFile)); err != nil {
+		return fmt.Errorf("remove the lock: %w", err)
+	}
 	return nil
 }
 

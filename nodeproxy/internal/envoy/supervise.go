@@ -85,9 +85,10 @@ func (s *Supervisor) Run(ctx context.Context) error {
 		return err
 	}
 	// Envoy makes its admin socket in a folder of its own; nothing else is writable for it.
-	if err := makeFolder(filepath.Join(c.RunDir, "envoy"), c.UID, c.GID); err != nil {
+	if err := makeFolder(c.envoyFolder(), c.UID, c.GID); err != nil {
 		return err
 	}
+	defer s.clear()
 	socket := filepath.Join(c.RunDir, SupervisorSocket)
 	_ = os.Remove(socket)
 	l, err := net.Listen("unix", socket)
@@ -119,6 +120,19 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	}
 	return nil
 }
+
+// clear leaves nothing in the run folder, which other containers share.
+func (s *Supervisor) clear() {
+	c := s.config
+	// What Envoy owns becomes its own first, as in makeFolder.
+	err := errors.Join(os.Chown(c.envoyFolder(), 0, 0), os.RemoveAll(c.envoyFolder()), os.Remove(c.bootstrapFile()))
+	if err != nil {
+		c.Log.Warn("the run folder is not cleared", "error", err)
+	}
+}
+
+func (c Config) envoyFolder() string   { return filepath.Join(c.RunDir, "envoy") }
+func (c Config) bootstrapFile() string { return filepath.Join(c.RunDir, "envoy.json") }
 
 // makeFolder makes a folder that its owner and Envoy's group alone may enter; kubelet makes the run folder open to all.
 func makeFolder(path string, uid, gid int) error {
@@ -193,13 +207,13 @@ func (s *Supervisor) once(ctx context.Context) string {
 
 func (s *Supervisor) command() (*exec.Cmd, error) {
 	c := s.config
-	admin := filepath.Join(c.RunDir, "envoy", adminSocket)
+	admin := filepath.Join(c.envoyFolder(), adminSocket)
 	_ = os.Remove(admin)
 	text, err := Bootstrap(BootstrapConfig{NodeID: c.NodeID, AdminSocket: admin, AgentSocket: filepath.Join(c.RunDir, AgentSocket), MemoryLimit: memoryLimit(c.SelfCgroup)})
 	if err != nil {
 		return nil, err
 	}
-	file := filepath.Join(c.RunDir, "envoy.json")
+	file := c.bootstrapFile()
 	if err := os.WriteFile(file, text, 0o640); err != nil {
 		return nil, fmt.Errorf("write bootstrap: %w", err)
 	}
@@ -251,7 +265,7 @@ func (s *Supervisor) forward(out io.Reader) {
 
 // admin is a client of Envoy's admin socket.
 func (s *Supervisor) admin() *http.Client {
-	path := filepath.Join(s.config.RunDir, "envoy", adminSocket)
+	path := filepath.Join(s.config.envoyFolder(), adminSocket)
 	return &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", path)
 	}}}
