@@ -89,18 +89,21 @@ func inEveryAddress(t *testing.T) {
 			wantBy(t, stranger, to, "in")
 		}
 		linkLocal := ""
-		p.must(func() error {
-			link, err := netlink.LinkByName("second")
-			if err != nil {
-				return err
-			}
-			addrs, err := netlink.AddrList(link, netlink.FAMILY_V6)
-			for _, a := range addrs {
-				if a.IP.IsLinkLocalUnicast() {
-					linkLocal = a.IP.String()
+		eventually(t, "a link-local address", func() error { // the kernel gives it once it has noticed the carrier
+			return p.run(func() error {
+				link, err := netlink.LinkByName("second")
+				if err != nil {
+					return err
 				}
-			}
-			return err
+				addrs, err := netlink.AddrList(link, netlink.FAMILY_V6)
+				for _, a := range addrs {
+					if a.IP.IsLinkLocalUnicast() {
+						linkLocal = a.IP.String()
+						return nil
+					}
+				}
+				return errors.Join(err, errors.New("there is none"))
+			})
 		})
 		stranger.must(func() error {
 			link, err := net.InterfaceByName("second")
