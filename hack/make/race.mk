@@ -4,7 +4,7 @@ RACE_TESTS ?= ^(TestIdentities|TestDrift|TestHTTPRoute|TestCycles)$$
 .PHONY: images-race test-race
 images-race: envoy
 	@mkdir -p bin/race $(IMAGES)/race
-	CGO_ENABLED=1 go build -race -trimpath -o bin/race/ ./controlplane ./nodeproxy
+	CGO_ENABLED=1 go build -race -o bin/race/ ./controlplane ./nodeproxy
 	@$(IMAGE) -o $(IMAGES)/race/controlplane.tar -ref weft.dev/controlplane:race -user 15000 -file bin/race/controlplane=/usr/local/bin/controlplane -entrypoint /usr/local/bin/controlplane
 	@$(IMAGE) -o $(IMAGES)/race/nodeproxy.tar -ref weft.dev/nodeproxy:race -link /var/run=/run -dir /tmp -dir /run -dir /host -file bin/race/nodeproxy=/usr/local/bin/nodeproxy -file $(ENVOY)=/usr/local/bin/envoy,0111 -entrypoint /usr/local/bin/nodeproxy
 

@@ -206,6 +206,11 @@ func TestSockets(t *testing.T) {
 		if sockets < 2 {
 			t.Errorf("%s: %d sockets, want the agent's and Envoy's", at.node, sockets)
 		}
+		// The supervisor, whom no capability lets past permissions, reaches Envoy all the same.
+		log, err := k8s.Kubectl(t.Context(), "logs", "-n", system, proxy(t, at.node), "-c", "envoy")
+		if err != nil || !strings.Contains(log, "Envoy is live") {
+			t.Errorf("%s: the supervisor did not see Envoy live: %v", at.node, err)
+		}
 	}
 }
 

@@ -84,6 +84,10 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	if err := makeFolder(c.RunDir, 0, c.GID); err != nil {
 		return err
 	}
+	// The admin socket is for Envoy's group, and root without CAP_DAC_OVERRIDE is like anybody.
+	if err := syscall.Setgroups([]int{c.GID}); err != nil {
+		return fmt.Errorf("join Envoy's group: %w", err)
+	}
 	// Envoy makes its admin socket in a folder of its own; nothing else is writable for it.
 	if err := makeFolder(c.envoyFolder(), c.UID, c.GID); err != nil {
 		return err
@@ -294,14 +298,15 @@ func (s *Supervisor) awaitReady(ctx context.Context) {
 	}
 }
 
-// drain asks Envoy to leave: connections get a hint to go, then there is no more patience.
+// drain lets connections end: HTTP ones get a hint to go with each response, new ones are still served, for pods that are
+// captured have no other way. Then there is no more patience.
 func (s *Supervisor) drain(cmd *exec.Cmd, ended <-chan struct{}) {
 	s.config.Log.Info("Envoy drains", "timeout", s.config.DrainTimeout)
-	client := s.admin()
-	for _, path := range []string{"/healthcheck/fail", "/drain_listeners?graceful&skip_exit"} {
-		if r, err := client.Post("http://envoy"+path, "", nil); err == nil {
-			_ = r.Body.Close()
-		}
+	r, err := s.admin().Post("http://envoy/healthcheck/fail", "", nil)
+	if err != nil {
+		s.config.Log.Warn("Envoy's connections are not told to go", "error", err)
+	} else {
+		_ = r.Body.Close()
 	}
 	select {
 	case <-ended:

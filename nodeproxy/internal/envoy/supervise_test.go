@@ -148,7 +148,7 @@ func TestStopEndsEnvoy(t *testing.T) {
 	if err := syscall.Kill(s.PID, 0); err == nil {
 		t.Errorf("Envoy %d still runs", s.PID)
 	}
-	for _, gone := range []string{cgroup, filepath.Join(b.config.CgroupRoot, "weft", b.config.NodeID)} {
+	for _, gone := range []string{cgroup, filepath.Join(b.config.CgroupRoot, "weft", b.config.NodeID), b.config.envoyFolder(), b.config.bootstrapFile()} {
 		if _, err := os.Stat(gone); err == nil {
 			t.Errorf("%s is left", gone)
 		}
@@ -156,6 +156,9 @@ func TestStopEndsEnvoy(t *testing.T) {
 	until(t, patience, "Watch tells that the supervisor is away", func() bool { return b.states.last() == State{} })
 	if strings.Contains(b.log.String(), "starting it again") {
 		t.Error("the supervisor took the end that it ordered for a crash")
+	}
+	if log := b.log.String(); !strings.Contains(log, "Envoy drains") || strings.Contains(log, "not told to go") || strings.Contains(log, "not cleared") {
+		t.Errorf("the end went otherwise: %s", log)
 	}
 }
 
