@@ -149,6 +149,18 @@ func (s inside) changes(now inside) []string {
 	return out
 }
 
+// matching lists the lines that contain a text.
+func (s inside) matching(text string) (found []string) {
+	for place, lines := range s {
+		for l := range lines {
+			if strings.Contains(l, text) {
+				found = append(found, place+": "+l)
+			}
+		}
+	}
+	return found
+}
+
 // common counts the places that both have.
 func (s inside) common(now inside) int {
 	n := 0

@@ -69,7 +69,13 @@ func run(m *testing.M) (code int, err error) {
 	if err := fixtures(ctx); err != nil {
 		return 1, err
 	}
-	if untouched, err = lookInside(ctx); err != nil {
+	if err := kube.Until(ctx, time.Minute, "addresses that the kernel still probes", nil, func(ctx context.Context) (bool, string) {
+		if untouched, err = lookInside(ctx); err != nil {
+			return false, err.Error()
+		}
+		probed := untouched.matching(" tentative ")
+		return len(probed) == 0, strings.Join(probed, "\n")
+	}); err != nil {
 		return 1, err
 	}
 	if err := start(ctx); err != nil {
