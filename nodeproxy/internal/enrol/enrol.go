@@ -263,7 +263,8 @@ func (e *Enroller) reconcile(ctx context.Context, uid string) (again time.Durati
 	}
 	s.pod.Containers = running.Containers
 	started := time.Now()
-	before, adopted := s.stage, e.captured(s)
+	before := s.stage
+	adopted := before == meshv1.Stage_STAGE_OUT && e.captured(s)
 	err = e.step(ctx, s, wish)
 	if s.stage != before {
 		s.took = time.Since(started)
@@ -289,8 +290,10 @@ func (e *Enroller) reconcile(ctx context.Context, uid string) (again time.Durati
 		return 0, nil
 	}
 	switch {
-	case !s.leaving.IsZero():
+	case !s.leaving.IsZero() && time.Since(s.leaving) < 2*e.config.Settle+time.Second:
 		again = 100 * time.Millisecond
+	case !s.leaving.IsZero(): // what lingers may do so for minutes
+		again = time.Second
 	case err == nil && e.early(s) > 0:
 		again = e.early(s)
 	}
