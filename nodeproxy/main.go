@@ -7,11 +7,16 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"syscall"
 
 	"github.com/spf13/cobra"
 )
+
+// A thread that a goroutine has left in a pod's network namespace is thrown away, but for the main thread, which would keep
+// that namespace for ever: it stays with main.
+func init() { runtime.LockOSThread() }
 
 func main() {
 	root := &cobra.Command{Use: "nodeproxy", Short: "weft on a node", SilenceUsage: true, Version: version(debug.ReadBuildInfo())}

@@ -423,7 +423,7 @@ func TestDataPath(t *testing.T) {
 				return n
 			}
 			before := judged()
-			for range 3 {
+			for range 2 {
 				load.more(t, 200)
 				m.policy(strict(allowAll(httpPort), allowAll(h2Port)))
 				load.more(t, 200)
