@@ -338,9 +338,9 @@ func reinstall(t *testing.T, values ...string) {
 }
 
 // busy is load without streams that outlive a policy: those are cut, as documented. It is held until all are in the mesh.
-var busy = heldLoad("busy", `[{"name": "kept",  "kind": "http-keepalive", "address": "catalogue:80", "count": 8, "pause": "10ms"},
-                 {"name": "one",   "kind": "http-new",       "address": "catalogue:80", "count": 1, "pause": "20ms"},
-                 {"name": "unary", "kind": "grpc-unary",     "address": "prices:9000",  "count": 4, "pause": "10ms"}]`)
+var busy = heldLoad("busy", `[{"name": "kept",  "kind": "http-keepalive", "address": "catalogue:80", "count": 8, "pause": "25ms"},
+                 {"name": "one",   "kind": "http-new",       "address": "catalogue:80", "count": 1, "pause": "40ms"},
+                 {"name": "unary", "kind": "grpc-unary",     "address": "prices:9000",  "count": 4, "pause": "25ms"}]`)
 
 // heldLoad is a load pod on every node that opens its connections when it is told to.
 func heldLoad(name, targets string) string {
