@@ -4,9 +4,12 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -60,25 +63,46 @@ func (c *Cluster) FollowEnvoys(ctx context.Context, namespace string, hear func(
 	ctx, cancel := context.WithCancel(ctx)
 	var done sync.WaitGroup
 	for _, p := range pods {
-		cmd := c.Command(ctx, "logs", "-n", namespace, "-f", "--tail=1", p.Name, "-c", "envoy")
+		done.Go(func() {
+			c.followLog(ctx, namespace, p.Name, "envoy", func(line []byte) { hear(p.Node, line) })
+		})
+	}
+	return func() { cancel(); done.Wait() }, nil
+}
+
+// followLog hears each line that a pod's container logs from now on. kubelet ends what follows a log now and then, with the
+// container running: it goes on from the last second before, whose lines are heard twice.
+func (c *Cluster) followLog(ctx context.Context, namespace, pod, container string, hear func(line []byte)) {
+	from := "--tail=1"
+	for ctx.Err() == nil {
+		cmd := c.Command(ctx, "logs", "-n", namespace, "-f", from, pod, "-c", container)
+		if container == "" {
+			cmd.Args = cmd.Args[:len(cmd.Args)-2]
+		}
+		var complaint strings.Builder
+		cmd.Stderr = &complaint
 		out, err := cmd.StdoutPipe()
 		if err == nil {
 			err = cmd.Start()
 		}
-		if err != nil {
-			cancel()
-			return nil, fmt.Errorf("follow the access log of %s: %w", p.Name, err)
-		}
-		done.Go(func() {
+		if err == nil {
 			lines := bufio.NewScanner(out)
-			lines.Buffer(make([]byte, 1<<16), 1<<20)
+			lines.Buffer(make([]byte, 1<<20), 4<<20)
 			for lines.Scan() {
-				hear(p.Node, lines.Bytes())
+				hear(lines.Bytes())
 			}
-			_ = cmd.Wait()
-		})
+			err = errors.Join(lines.Err(), cmd.Wait())
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		fmt.Fprintf(os.Stderr, "the log of %s/%s ended, following it again: %v %s\n", namespace, pod, err, complaint.String())
+		from = "--since-time=" + time.Now().Add(-time.Second).UTC().Format(time.RFC3339Nano)
+		select {
+		case <-ctx.Done():
+		case <-time.After(200 * time.Millisecond):
+		}
 	}
-	return func() { cancel(); done.Wait() }, nil
 }
 
 // Heard returns all meetings so far. Envoy writes its log once a second, and a connection's line when it has ended.

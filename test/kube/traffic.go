@@ -1,12 +1,10 @@
 package kube
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
 	"maps"
-	"strings"
 	"sync"
 	"time"
 
@@ -20,7 +18,6 @@ type Traffic struct {
 
 	mu   sync.Mutex
 	last map[string]map[string]load.Stats // by pod, by target
-	dead []string
 }
 
 // Follow follows all pods that match until ctx ends or Stop.
@@ -32,33 +29,18 @@ func (c *Cluster) Follow(ctx context.Context, namespace, selector string) (*Traf
 	ctx, cancel := context.WithCancel(ctx)
 	w := &Traffic{cancel: cancel, last: map[string]map[string]load.Stats{}}
 	for _, p := range pods {
-		cmd := c.Command(ctx, "logs", "-n", namespace, "-f", "--tail=1", p.Name)
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			cancel()
-			return nil, fmt.Errorf("follow %s: %w", p.Name, err)
-		}
-		if err := cmd.Start(); err != nil {
-			cancel()
-			return nil, fmt.Errorf("follow %s: %w", p.Name, err)
-		}
 		w.done.Go(func() {
-			lines := bufio.NewScanner(out)
-			lines.Buffer(make([]byte, 1<<20), 4<<20)
-			for lines.Scan() {
+			c.followLog(ctx, namespace, p.Name, "", func(line []byte) {
 				var s map[string]load.Stats
-				if json.Unmarshal(lines.Bytes(), &s) == nil {
-					w.mu.Lock()
-					w.last[p.Name] = s
-					w.mu.Unlock()
+				if json.Unmarshal(line, &s) != nil {
+					return
 				}
-			}
-			_ = cmd.Wait()
-			if ctx.Err() == nil {
 				w.mu.Lock()
-				w.dead = append(w.dead, p.Name)
-				w.mu.Unlock()
-			}
+				defer w.mu.Unlock()
+				if !load.Sum(s).At.Before(load.Sum(w.last[p.Name]).At) {
+					w.last[p.Name] = s
+				}
+			})
 		})
 	}
 	return w, Until(ctx, 30*time.Second, "counters of the load pods", nil, func(context.Context) (bool, string) {
@@ -99,7 +81,7 @@ func (w *Traffic) Fresh(ctx context.Context) (map[string]load.Stats, error) {
 		defer w.mu.Unlock()
 		for pod, targets := range w.last {
 			if at := load.Sum(targets).At; at.Before(now) {
-				return false, fmt.Sprintf("the last line of %s is of %s; logs that ended: %s", pod, at.Format(time.TimeOnly), strings.Join(w.dead, " "))
+				return false, fmt.Sprintf("the last line of %s is of %s", pod, at.Format(time.TimeOnly))
 			}
 		}
 		return true, ""
