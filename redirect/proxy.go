@@ -29,14 +29,24 @@ func (r *Redirect) AttachProxy(generation uint32, cgroupPath string) error {
 	if err := os.MkdirAll(r.pins.proxy(generation), 0o700); err != nil {
 		return fmt.Errorf("attach Envoy's hooks: make pin directory: %w", err)
 	}
+	// What serves already stays, whatever fails now.
+	var of uint32
+	served := r.maps[weftMapProxies].Lookup(cgroup.id, &of) == nil && of == generation
+	fail := func(err error) error {
+		err = fmt.Errorf("attach Envoy's hooks: %w", err)
+		if served {
+			return err
+		}
+		return errors.Join(err, r.detachProxy(generation))
+	}
 	for _, name := range proxyHooks {
 		if err := r.attachProxyHook(name, generation, cgroup); err != nil {
-			return errors.Join(fmt.Errorf("attach Envoy's hooks: %w", err), r.detachProxy(generation))
+			return fail(err)
 		}
 	}
 	// The exemption comes last: without the hooks it would be one nobody can see through.
 	if err := r.exempt(generation, cgroup.id); err != nil {
-		return errors.Join(fmt.Errorf("attach Envoy's hooks: %w", err), r.detachProxy(generation))
+		return fail(err)
 	}
 	return nil
 }

@@ -32,7 +32,9 @@ func TestListenersComeAndGo(t *testing.T) {
 		apart.AdditionalAddresses = nil
 		apart.Address.GetSocketAddress().Address, apart.Address.GetSocketAddress().Ipv4Compat = "127.0.0.1", false
 		for range 10 { // freed memory is not always another's already
-			if err := comeAndGo(t, node, pod, apart); err != nil {
+			var err error
+			t.Run("try", func(t *testing.T) { err = comeAndGo(t, node, pod, apart) })
+			if err != nil {
 				t.Log(err)
 				return
 			}

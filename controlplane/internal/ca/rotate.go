@@ -65,7 +65,8 @@ func (p phase) String() string {
 type rotation struct {
 	Phase phase     `json:"phase"`
 	Since time.Time `json:"since,omitzero"`
-	// TTL is the longest that an SVID signed since the change began may live.
+	// TTL is the longest that an SVID signed by one of the roots may live. It never falls: a shorter one that is configured
+	// says nothing about those that are out.
 	TTL time.Duration `json:"ttl,omitempty"`
 	// Answered is the value of AnnotationRotate that the newest change answered.
 	Answered string `json:"answered,omitempty"`
@@ -158,6 +159,9 @@ func (a *Authority) step(ctx context.Context) error {
 	if _, err := a.config.Client.CoreV1().Secrets(a.config.Namespace).Update(ctx, secret, metav1.UpdateOptions{}); err != nil {
 		return fmt.Errorf("write Secret %s/%s: %w", a.config.Namespace, secretName, err)
 	}
+	if next.rotation.Phase == now.rotation.Phase {
+		return nil
+	}
 	a.config.Log.Info("root rotation", "phase", next.rotation.Phase.String(), "roots", len(next.roots), "signer", next.roots[0].Certificate.SerialNumber)
 	a.adopt(next.roots)
 	return a.publish(ctx)
@@ -182,13 +186,16 @@ func (a *Authority) next(s stored, request string) (*stored, error) {
 	case idle:
 		old := now.After(s.roots[0].Certificate.NotAfter.Add(-renewBefore))
 		if !old && (request == "" || request == r.Answered) {
-			return nil, nil
+			if r.TTL == s.rotation.TTL {
+				return nil, nil
+			}
+			return &stored{s.roots, r}, nil
 		}
 		root, err := NewRoot(a.domain, now)
 		if err != nil {
 			return nil, err
 		}
-		r.Phase, r.Answered, r.TTL = added, request, a.config.TTL
+		r.Phase, r.Answered = added, request
 		return &stored{[]*Root{s.roots[0], root}, r}, nil
 	case added: // and step has published the bundle
 		r.Phase = published
@@ -208,7 +215,7 @@ func (a *Authority) next(s stored, request string) (*stored, error) {
 		if now.Sub(s.rotation.Since) < s.rotation.TTL+backdate {
 			return nil, nil
 		}
-		return &stored{s.roots[:1], rotation{Phase: idle, Since: now, Answered: r.Answered}}, nil
+		return &stored{s.roots[:1], rotation{Phase: idle, Since: now, Answered: r.Answered, TTL: r.TTL}}, nil
 	}
 	return nil, errors.New("rotate root: unknown phase") // read refuses it
 }

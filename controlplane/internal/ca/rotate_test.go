@@ -480,3 +480,21 @@ func TestBundleStreamsEveryChange(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestRotationOutlastsLongerSVIDs: a shorter life that is configured says nothing about the SVIDs that are out.
+func TestRotationOutlastsLongerSVIDs(t *testing.T) {
+	p := newPlant(t)
+	p.a.config.TTL = 3 * time.Hour
+	p.turn()
+	if s := p.stored(); s.rotation.TTL != 3*time.Hour || s.rotation.Phase != idle {
+		t.Errorf("the Secret says %+v", s.rotation)
+	}
+	p.a.config.TTL = time.Hour
+	p.ask("one")
+	p.until(switched)
+	begun := p.now
+	p.until(idle)
+	if waited := p.now.Sub(begun); waited < 3*time.Hour {
+		t.Errorf("the old root went after %s", waited)
+	}
+}

@@ -161,8 +161,10 @@ type RouteMatch struct {
 	Method          string
 	Headers         []NamedMatch
 	Query           []NamedMatch
-	// GRPC: only requests with a gRPC content type.
-	GRPC bool
+	// GRPC: only requests with a gRPC content type. Service and ServiceMethod are how many characters of each the match
+	// names, which decides its precedence.
+	GRPC                   bool
+	Service, ServiceMethod int
 }
 
 // MatchKind is how a value is compared.

@@ -103,7 +103,7 @@ func (s *Store) again() {
 // Run writes what changed until ctx ends, not more often than once per interval.
 func (s *Store) Run(ctx context.Context) {
 	var written map[string]string
-	for {
+	for ; ctx.Err() == nil; pause(ctx, interval) {
 		select {
 		case <-ctx.Done():
 			return
@@ -125,10 +125,13 @@ func (s *Store) Run(ctx context.Context) {
 		} else {
 			written = content
 		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(interval):
-		}
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
 	}
 }
 

@@ -103,7 +103,10 @@ func (r *resolver) inForce(ref Ref, uid string, now Good) *compiledPolicy {
 	}
 	c.ref = ref
 	for _, name := range c.services {
-		if r.services[ir.Key{Namespace: ref.Namespace, Name: name}] == nil {
+		switch s := r.services[ir.Key{Namespace: ref.Namespace, Name: name}]; {
+		case s != nil && len(s.Spec.Selector) == 0:
+			r.problem(Problem{ref, -1, accepted, "False", "TargetNotFound", fmt.Sprintf("Service %s/%s has no selector, so it names no pods: the policy has no effect there; target the pods by a selector", ref.Namespace, name)})
+		case s == nil:
 			r.problem(Problem{ref, -1, accepted, "False", "TargetNotFound", fmt.Sprintf("Service %s/%s does not exist: the policy has no effect there until it does", ref.Namespace, name)})
 		}
 	}

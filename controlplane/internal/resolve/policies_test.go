@@ -44,6 +44,7 @@ func TestAuthenticationPolicies(t *testing.T) {
 		{name: "equally specific: the older wins", objects: objects{p, authentication("a", permissive, bornAt(5)), authentication("b", strict, bornAt(1))}},
 		{name: "equally specific and old: the name decides", objects: objects{p, authentication("b", permissive), authentication("a", strict)}},
 		{name: "target that does not exist", objects: objects{p, authentication("a", strict, target("gone"))}},
+		{name: "target that has no selector", objects: objects{p, service("bare", "10.96.0.9", "http:80", func(s *corev1.Service) { s.Spec.Selector = nil }), authentication("a", strict, target("bare"))}},
 		{name: "broken from the start: Strict", objects: objects{p, broken}},
 		{name: "more than 64 KiB from the start: Strict", objects: objects{p, authentication("a", permissive, func(a *v1alpha1.AuthenticationPolicy) {
 			a.Spec.Ports = make([]v1alpha1.PortMTLS, 4000)

@@ -159,11 +159,15 @@ func (c compiledRoute) candidates(port *ir.ServicePort, consumer bool) (l []cand
 	return l
 }
 
-// precedence orders matches as Gateway API does: exact path, longer prefix, method, more headers, more query
-// parameters, older route, name, order in the route. Consumer routes stand before producer routes.
+// precedence orders matches as Gateway API does. HTTPRoute: exact path, longer prefix, method, more headers, more query
+// parameters; GRPCRoute: more characters of the service, then of the method, more headers; then older route, name, order in
+// the route. Consumer routes stand before producer routes, and what takes gRPC alone before what takes every request.
 func precedence(a, b candidate) int {
 	return cmp.Or(
 		boolean(b.consumer, a.consumer),
+		boolean(b.route.Match.GRPC, a.route.Match.GRPC),
+		cmp.Compare(b.route.Match.Service, a.route.Match.Service),
+		cmp.Compare(b.route.Match.ServiceMethod, a.route.Match.ServiceMethod),
 		cmp.Compare(pathRank(b.route.Match.Path), pathRank(a.route.Match.Path)),
 		cmp.Compare(pathLength(b.route.Match.Path), pathLength(a.route.Match.Path)),
 		boolean(b.route.Match.Method != "", a.route.Match.Method != ""),
@@ -214,7 +218,11 @@ func text[T ~string](s *T) string {
 func (r *resolver) httpRules(route *gwv1.HTTPRoute, ref Ref) (rules []*ir.Route, problems []Problem) {
 	for i, rule := range route.Spec.Rules {
 		base := &ir.Route{}
-		if err := httpFilters(rule.Filters, base); err != nil {
+		err := httpFilters(rule.Filters, base)
+		if rule.Retry != nil || rule.SessionPersistence != nil {
+			err = errors.Join(err, errors.New("retry and sessionPersistence are not supported"))
+		}
+		if err != nil {
 			problems = append(problems, Problem{ref, -1, accepted, "False", "UnsupportedValue", fmt.Sprintf("rules[%d]: %v", i, err)})
 			continue
 		}
@@ -272,11 +280,9 @@ func httpMatch(m gwv1.HTTPRouteMatch, to *ir.RouteMatch) error {
 	}
 	to.Method = text(m.Method)
 	for _, h := range m.Headers {
-		n, err := headerMatch(string(h.Name), text(h.Type), h.Value)
-		if err != nil {
+		if err := addHeader(to, string(h.Name), text(h.Type), h.Value); err != nil {
 			return err
 		}
-		to.Headers = append(to.Headers, n)
 	}
 	for _, q := range m.QueryParams {
 		if q.Name == "" {
@@ -287,6 +293,18 @@ func httpMatch(m gwv1.HTTPRouteMatch, to *ir.RouteMatch) error {
 			return fmt.Errorf("query parameter %s: %w", q.Name, err)
 		}
 		to.Query = append(to.Query, n)
+	}
+	return nil
+}
+
+// addHeader adds a match on a header. Of two names that differ in case alone the first counts.
+func addHeader(to *ir.RouteMatch, name, kind, value string) error {
+	n, err := headerMatch(name, kind, value)
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(to.Headers, func(h ir.NamedMatch) bool { return h.Name == n.Name }) {
+		to.Headers = append(to.Headers, n)
 	}
 	return nil
 }
@@ -321,14 +339,19 @@ func duration(d *gwv1.Duration) *time.Duration {
 	return &v
 }
 
-// backend resolves one backendRef. What cannot be resolved answers its share of requests with 500.
+// backend resolves one backendRef. What cannot be resolved answers its share of requests with 500, of gRPC with 503: clients
+// take that as UNAVAILABLE.
 func (r *resolver) backend(route Ref, b gwv1.BackendRef, field string) (ir.Backend, []Problem) {
 	weight := uint32(1)
 	if b.Weight != nil {
 		weight = uint32(*b.Weight)
 	}
 	fail := func(reason, message string) (ir.Backend, []Problem) {
-		return ir.Backend{Weight: weight, Status: 500}, []Problem{{route, -1, resolvedRefs, "False", reason, field + ": " + message + "; its share of requests is answered with 500"}}
+		status, answer := uint32(500), "500"
+		if route.Kind == "GRPCRoute" {
+			status, answer = 503, "UNAVAILABLE"
+		}
+		return ir.Backend{Weight: weight, Status: status}, []Problem{{route, -1, resolvedRefs, "False", reason, field + ": " + message + "; its share of requests is answered with " + answer}}
 	}
 	if text(b.Group) != "" && text(b.Group) != "core" || b.Kind != nil && *b.Kind != "Service" {
 		return fail("InvalidKind", fmt.Sprintf("%s %s is no backend: use a Service", text(b.Group), text(b.Kind)))
@@ -375,7 +398,11 @@ func (r *resolver) granted(route Ref, to ir.Key) bool {
 func (r *resolver) grpcRules(route *gwv1.GRPCRoute, ref Ref) (rules []*ir.Route, problems []Problem) {
 	for i, rule := range route.Spec.Rules {
 		base := &ir.Route{}
-		if err := grpcFilters(rule.Filters, base); err != nil {
+		err := grpcFilters(rule.Filters, base)
+		if rule.SessionPersistence != nil {
+			err = errors.Join(err, errors.New("sessionPersistence is not supported"))
+		}
+		if err != nil {
 			problems = append(problems, Problem{ref, -1, accepted, "False", "UnsupportedValue", fmt.Sprintf("rules[%d]: %v", i, err)})
 			continue
 		}
@@ -412,12 +439,13 @@ func grpcMatch(m gwv1.GRPCRouteMatch, to *ir.RouteMatch) error {
 	if to.Path, err = methodMatch(m.Method); err != nil {
 		return fmt.Errorf("method: %w", err)
 	}
+	if m.Method != nil {
+		to.Service, to.ServiceMethod = len(text(m.Method.Service)), len(text(m.Method.Method))
+	}
 	for _, h := range m.Headers {
-		n, err := headerMatch(string(h.Name), text(h.Type), h.Value)
-		if err != nil {
+		if err := addHeader(to, string(h.Name), text(h.Type), h.Value); err != nil {
 			return err
 		}
-		to.Headers = append(to.Headers, n)
 	}
 	return nil
 }

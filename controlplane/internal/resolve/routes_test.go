@@ -44,6 +44,9 @@ func TestHTTPRoutes(t *testing.T) {
 	backendRedirect.BackendRefs[0].Filters = []gwv1.HTTPRouteFilter{{Type: gwv1.HTTPRouteFilterRequestRedirect, RequestRedirect: &gwv1.HTTPRequestRedirectFilter{}}}
 	timeouts := rule(nil, "v2:80")
 	timeouts.Timeouts = &gwv1.HTTPRouteTimeouts{Request: &second, BackendRequest: ptr(gwv1.Duration("500ms"))}
+	retried, sticky := rule(nil, "v2:80"), rule(nil, "v2:80")
+	retried.Retry, sticky.SessionPersistence = &gwv1.HTTPRouteRetry{}, &gwv1.SessionPersistence{}
+	twice := at(gwv1.HTTPRouteMatch{Headers: []gwv1.HTTPHeaderMatch{{Name: "X-A", Value: "1"}, {Name: "x-a", Value: "2"}}})
 	kind := rule(nil, "v2:80")
 	kind.BackendRefs[0].Kind, kind.BackendRefs[0].Group = ptr(gwv1.Kind("Bucket")), ptr(gwv1.Group("example.com"))
 	golden(t, "httproutes", []goldenCase{
@@ -66,6 +69,8 @@ func TestHTTPRoutes(t *testing.T) {
 		{name: "filters of one backend", objects: objects{web, v2, route(backendFilter)}},
 		{name: "a redirect of one backend is refused", objects: objects{web, v2, route(backendRedirect)}},
 		{name: "a filter that is not supported refuses the route", objects: objects{web, route(rule(nil, "web:80", gwv1.HTTPRouteFilter{Type: gwv1.HTTPRouteFilterRequestMirror}))}},
+		{name: "retry and session persistence refuse the route", objects: objects{web, v2, route(retried), httpRoute("s", "web", sticky)}},
+		{name: "of two names of a header that differ in case the first counts", objects: objects{web, route(rule(twice, "web:80"))}},
 		{name: "timeouts", objects: objects{web, v2, route(timeouts)}},
 		{name: "invalid regex", objects: objects{web, route(rule(at(path(regex, "/a(")), "web:80"), rule(at(path(exact, "/ok")), "web:80"))}},
 		{name: "regex too long", objects: objects{web, route(rule(at(path(regex, longRegex())), "web:80"))}},

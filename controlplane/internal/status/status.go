@@ -213,6 +213,16 @@ func merged(o client.Object, have, want any, conditions, before []metav1.Conditi
 	return target{o, types.MergePatchType, want, reflect.DeepEqual(have, want), conditions, changed(before, conditions, time.Now())}
 }
 
+// read names the object as it was read: not another of the same name, nor, where the status has others' parts too, one that
+// somebody else has written since.
+func (t target) read() map[string]any {
+	read := map[string]any{"uid": t.object.GetUID()}
+	if t.how == types.MergePatchType {
+		read["resourceVersion"] = t.object.GetResourceVersion()
+	}
+	return read
+}
+
 // object patches an object and returns when to look again.
 func (w *Writer) object(ctx context.Context, t target) time.Time {
 	id := fmt.Sprintf("%T/%s/%s", t.object, t.object.GetNamespace(), t.object.GetName())
@@ -232,7 +242,7 @@ func (w *Writer) object(ctx context.Context, t target) time.Time {
 	if !w.limiter.TryAccept() {
 		return time.Now().Add(time.Second / perSecond)
 	}
-	return w.patch(ctx, id, t.conditions, t.object, t.how, map[string]any{"status": t.status})
+	return w.patch(ctx, id, t.conditions, t.object, t.how, map[string]any{"metadata": t.read(), "status": t.status})
 }
 
 // patch writes and returns when to try again; zero: it is done.

@@ -94,6 +94,9 @@ func routes(s *ir.Snapshot, port uint16, r *ir.Route) []*route.Route {
 	var valid []ir.Backend
 	var total, invalid uint64
 	status := uint32(500)
+	if r.Match.GRPC {
+		status = 503 // UNAVAILABLE to gRPC clients, GRPCRoute's backendRefs
+	}
 	for _, backend := range r.Backends {
 		total += uint64(backend.Weight)
 		switch {

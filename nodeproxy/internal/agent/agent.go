@@ -70,10 +70,15 @@ type agent struct {
 
 	proxy     atomic.Pointer[envoy.State]
 	attaching sync.Mutex
-	applied   sync.Mutex              // one change of the services at a time
-	captures  map[netip.AddrPort]bool // services that the kernel was told to capture; guarded by applied
-	dirty     chan struct{}           // the index changed since it was last written
-	started   chan struct{}           // closed when the agent knows what to do
+	// wished and policies are what pods were last looked at for.
+	wished, policies seen
+	// attached is the process of the Envoy that has its hooks; saving guards the files of the last known state.
+	attached int
+	saving   sync.Mutex
+	applied  sync.Mutex              // one change of the services at a time
+	captures map[netip.AddrPort]bool // services that the kernel was told to capture; guarded by applied
+	dirty    chan struct{}           // the index changed since it was last written
+	started  chan struct{}           // closed when the agent knows what to do
 
 	mu   sync.Mutex
 	conn *grpc.ClientConn
@@ -166,32 +171,15 @@ func kernelConfig(c Config, boot string) redirect.Config {
 const lockFile = "agent.lock"
 
 // own takes the node: a second agent waits until the first has gone.
-func own(ctx context.Context, c Config) (func(), error) {
+func own(ctx context.Context, c Config) (release func(), err error) {
 	if err := os.MkdirAll(c.RunDir, 0o750); err != nil {
 		return nil, fmt.Errorf("make run folder: %w", err)
 	}
-	f, err := os.OpenFile(filepath.Join(c.RunDir, lockFile), os.O_CREATE|os.O_RDWR, 0o600)
+	release, err = envoy.Lock(ctx, filepath.Join(c.RunDir, lockFile), func() { c.Log.Info("another agent has the node, waiting for it to go") })
 	if err != nil {
 		return nil, fmt.Errorf("take the node: %w", err)
 	}
-	for told := false; ; {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { _ = f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("take the node: %w", err)
-		}
-		if !told {
-			c.Log.Info("another agent has the node, waiting for it to go")
-			told = true
-		}
-		select {
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		case <-time.After(100 * time.Millisecond):
-		}
-	}
+	return release, nil
 }
 
 func (a *agent) run(ctx context.Context) error {
@@ -434,9 +422,13 @@ func (a *agent) attach(s envoy.State) bool {
 	defer a.attaching.Unlock()
 	if err := a.kernel.AttachProxy(s.Generation, filepath.Join(a.config.CgroupRoot, s.Cgroup)); err != nil {
 		a.config.Log.Error("attach hooks to Envoy's cgroup", "cgroup", s.Cgroup, "error", err)
+		if a.attached == s.PID {
+			return true // this Envoy has its hooks since before
+		}
 		a.cache.Pause(true)
 		return false
 	}
+	a.attached = s.PID
 	a.cache.Pause(false)
 	return true
 }

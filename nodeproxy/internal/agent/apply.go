@@ -7,6 +7,7 @@ import (
 	"iter"
 	"net/netip"
 	"slices"
+	"sync"
 
 	endpoint "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	"github.com/prometheus/client_golang/prometheus"
@@ -35,18 +36,46 @@ func (a *agent) apply(ctx context.Context, typeURL string) error {
 	case relay.TypeWorkload:
 		return a.applyWorkloads()
 	case relay.TypeLocalPod:
-		hashes := map[string]bool{}
+		hashes, now := map[string]bool{}, map[string]any{}
 		for _, p := range a.upstream.LocalPods() {
 			if p.InboundPolicy != "" {
 				hashes[p.InboundPolicy] = true
 			}
+			now[p.Uid] = p
 		}
 		a.upstream.WantPolicies(hashes)
-		a.look()
+		a.wished.take(now, a.enroller.Changed)
 	case relay.TypeInboundPolicy:
-		a.look()
+		now := map[string]any{}
+		for _, p := range a.upstream.LocalPods() {
+			now[p.Uid] = a.upstream.Policy(p.InboundPolicy)
+		}
+		a.policies.take(now, a.enroller.Changed)
 	}
 	return nil
+}
+
+// seen is what was looked at last, by a pod's uid: an object that has come since is another one, whatever is in it.
+type seen struct {
+	mu   sync.Mutex
+	last map[string]any
+}
+
+// take calls changed for every pod about which something has come, changed or gone.
+func (s *seen) take(now map[string]any, changed func(uid string)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for uid, object := range now {
+		if s.last[uid] != object {
+			changed(uid)
+		}
+	}
+	for uid := range s.last {
+		if _, still := now[uid]; !still {
+			changed(uid)
+		}
+	}
+	s.last = now
 }
 
 // applyRestored puts the last known index into force while no controller answers.

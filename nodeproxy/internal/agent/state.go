@@ -81,6 +81,8 @@ func (a *agent) record(ctx context.Context) {
 
 // save writes a file. A failure costs the next agent its memory, and this one nothing.
 func (a *agent) save(file string) {
+	a.saving.Lock() // what is written last is what was read last
+	defer a.saving.Unlock()
 	resources, err := a.upstream.Index()
 	resources = slices.DeleteFunc(resources, func(r relay.Resource) bool { return slices.Contains(ofNode, r.Key.TypeURL) != (file == ownFile) })
 	if file == indexFile {
@@ -98,9 +100,6 @@ func (a *agent) save(file string) {
 func (a *agent) forget() error {
 	if err := os.RemoveAll(a.statePath("")); err != nil {
 		return fmt.Errorf("remove last known state: %w", err)
-	}
-	if err := os.Remove(filepath.Join(a.config.RunDir, lockFile)); err != nil {
-		return fmt.Errorf("remove the lock: %w", err)
 	}
 	return nil
 }

@@ -251,12 +251,18 @@ func (e *Enroller) reconcile(ctx context.Context, uid string) (again time.Durati
 			return 0, nil
 		}
 	}
-	if !runs || wish == nil {
-		return 0, nil // not here, or the controller has not spoken of it: leave it as it is
+	if !runs { // nor was anything done about it here; an agent before may have
+		e.forget(uid)
+		return 0, ignoreUnknown(e.config.Kernel.Withdraw(uid))
+	}
+	if wish == nil {
+		return 0, nil // the controller has not spoken of it: leave it as it is
 	}
 	if s == nil {
-		if wish.Stage == meshv1.Stage_STAGE_OUT && wish.Goal == meshv1.Stage_STAGE_OUT && !e.held(uid) {
-			return 0, nil
+		if wish.Stage == meshv1.Stage_STAGE_OUT && wish.Goal == meshv1.Stage_STAGE_OUT {
+			if held, err := e.held(uid); !held {
+				return 0, err
+			}
 		}
 		s = &state{pod: running, account: svid.Account{Namespace: wish.Namespace, Name: wish.ServiceAccount}}
 		e.keep(uid, s)
@@ -264,7 +270,12 @@ func (e *Enroller) reconcile(ctx context.Context, uid string) (again time.Durati
 	s.pod.Containers = running.Containers
 	started := time.Now()
 	before := s.stage
-	adopted := before == meshv1.Stage_STAGE_OUT && e.captured(s)
+	adopted := false
+	if before == meshv1.Stage_STAGE_OUT {
+		if adopted, err = e.captured(s); err != nil {
+			return 0, err
+		}
+	}
 	err = e.step(ctx, s, wish)
 	if s.stage != before {
 		s.took = time.Since(started)
@@ -300,15 +311,23 @@ func (e *Enroller) reconcile(ctx context.Context, uid string) (again time.Durati
 	return again, err
 }
 
-// held tells whether the kernel has a pod from before this process.
-func (e *Enroller) held(uid string) bool {
+// held tells whether the kernel has a pod from before this process. A kernel that cannot be read is no "no": a Strict pod
+// would be opened.
+func (e *Enroller) held(uid string) (bool, error) {
 	_, err := e.config.Kernel.Verify(uid)
-	return err == nil
+	return err == nil, ignoreUnknown(err)
+}
+
+func ignoreUnknown(err error) error {
+	if errors.Is(err, redirect.ErrUnknownPod) {
+		return nil
+	}
+	return err
 }
 
 // captured tells whether the kernel captures a pod. When this process has not done it, an agent before it has: the pod stays
 // captured, must not become Permissive on the way, and its Envoy has an SVID.
-func (e *Enroller) captured(s *state) bool {
+func (e *Enroller) captured(s *state) (bool, error) {
 	now, err := e.config.Kernel.Verify(s.pod.UID)
-	return err == nil && now.Inbound
+	return err == nil && now.Inbound, ignoreUnknown(err)
 }

@@ -274,6 +274,62 @@ func TestAdoptedPodSurvivesFailure(t *testing.T) {
 	}
 }
 
+// A kernel that cannot be read says nothing about the pod: it is neither made Permissive nor taken out.
+func TestAdoptedPodSurvivesABlindMoment(t *testing.T) {
+	for name, stage := range map[string]meshv1.Stage{"that is to stay": enforced, "that is to leave": out} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld()
+			w.enrolled(t, enforced)
+			w.clear()
+			e := w.enroller()
+			w.wish.Stage = stage
+			w.fail["kernel is read"] = errBroken
+			if _, err := e.reconcile(t.Context(), uid); !errors.Is(err, errBroken) {
+				t.Errorf("%v, want the kernel's failure", err)
+			}
+			for _, opening := range []string{"kernel withdraws", "capture", "mode", "inspect", "Envoy loses"} {
+				w.never(t, opening)
+			}
+		})
+	}
+}
+
+// A pod that nobody has asked this process about ends like any other.
+func TestUnaskedPodEnds(t *testing.T) {
+	w := newWorld()
+	w.enrolled(t, enforced)
+	e := w.enroller()
+	w.wish = nil
+	turn(t, e)
+	w.never(t, "kernel withdraws")
+	delete(w.running, uid)
+	turn(t, e)
+	w.inOrder(t, "kernel withdraws")
+	if len(w.held) != 0 || len(w.memory) != 0 {
+		t.Errorf("left: %v in the kernel, %d records", w.held, len(w.memory))
+	}
+}
+
+// An agent that starts while a pod leaves does not capture it again.
+func TestRestartWhileLeaving(t *testing.T) {
+	w := newWorld()
+	e := w.enrolled(t, captured)
+	e.config.Linger = time.Hour
+	w.wish.Stage, w.wish.Goal = out, out
+	w.held[uid].Incoming = 1
+	turn(t, e)
+	w.inOrder(t, "capture in=false out=false")
+	w.clear()
+	e = w.enroller()
+	e.config.Linger = time.Hour
+	turn(t, e)
+	w.never(t, "capture")
+	w.never(t, "kernel withdraws")
+	w.held[uid].Incoming = 0
+	turn(t, e)
+	w.nothing(t)
+}
+
 func TestAdoptEndsPodsThatAreGone(t *testing.T) {
 	w := newWorld()
 	w.enrolled(t, enforced)

@@ -276,6 +276,9 @@ func (k *fakeKernel) Withdraw(uid string) error {
 }
 
 func (k *fakeKernel) Verify(uid string) (redirect.State, error) {
+	if err := k.fail["kernel is read"]; err != nil {
+		return redirect.State{}, err
+	}
 	s, err := k.pod(uid)
 	if err != nil {
 		return redirect.State{}, err

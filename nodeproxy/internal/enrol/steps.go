@@ -56,7 +56,12 @@ func (e *Enroller) capture(ctx context.Context, s *state, wish *meshv1.LocalPod)
 		return e.repair(ctx, s, live)
 	}
 	s.complete = false
-	held := s.prepared || e.held(s.pod.UID)
+	held, err := s.prepared, error(nil)
+	if !held {
+		if held, err = e.held(s.pod.UID); err != nil {
+			return err
+		}
+	}
 	if !held { // else it is Envoy that listens there
 		if err := e.check(s.pod, wish); err != nil {
 			return err
@@ -68,7 +73,10 @@ func (e *Enroller) capture(ctx context.Context, s *state, wish *meshv1.LocalPod)
 	if s.stage == meshv1.Stage_STAGE_OUT {
 		e.config.Report(&meshv1.PodReport{Uid: s.pod.UID, Sandbox: s.pod.Sandbox, State: meshv1.PodState_POD_STATE_PREPARING, StartedUnheld: s.pod.Unheld})
 	}
-	adopted := e.captured(s)
+	adopted, err := e.captured(s)
+	if err != nil {
+		return err
+	}
 	if err := e.identify(ctx, s, wish, adopted); err != nil {
 		return err
 	}
@@ -168,11 +176,18 @@ func sameMode(a, b redirect.Mode) bool {
 // withdraw ends capture, and takes the listeners away when nothing uses them any more.
 func (e *Enroller) withdraw(ctx context.Context, s *state) error {
 	if s.leaving.IsZero() {
-		if !s.prepared && !e.held(s.pod.UID) {
+		now, err := e.config.Kernel.Verify(s.pod.UID)
+		switch {
+		case !s.prepared && errors.Is(err, redirect.ErrUnknownPod):
 			return nil
-		}
-		if err := e.uncapture(s, true); err != nil {
-			return err
+		case err == nil && !now.Inbound: // an agent before this one has ended it already
+			s.left = time.Now()
+		case ignoreUnknown(err) != nil:
+			return fmt.Errorf("end capture: %w", err)
+		default:
+			if err := e.uncapture(s, true); err != nil {
+				return err
+			}
 		}
 		s.leaving, s.stage, s.complete = time.Now(), meshv1.Stage_STAGE_OUT, false
 	}

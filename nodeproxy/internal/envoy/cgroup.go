@@ -12,14 +12,39 @@ import (
 
 // ownCgroup is where Envoy's cgroup goes, below the cgroup root: a child of the container's own, so that its limits
 // still count; "/weft/<node>/<pod>" where the container sits in the v2 root, as on hybrid hosts. selfCgroup is the text of
-// /proc/self/cgroup; a path there that leads out of the container's cgroup namespace is no use and counts as the root.
-func ownCgroup(selfCgroup, node, podUID string) string {
+// /proc/self/cgroup; a path there that leads out of the container's cgroup namespace is no use and counts as the root. In a
+// cgroup namespace of its own the container finds itself by what it sees as the root, self: the same folder below root. Only
+// there may it move Envoy (cgroup_procs_write_permission in kernel/cgroup/cgroup.c, under nsdelegate).
+func ownCgroup(selfCgroup, root, self, node, podUID string) string {
+	if path := sameFolder(root, self); path != "" {
+		return filepath.Join(path, "envoy")
+	}
 	for line := range strings.Lines(selfCgroup) {
 		if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok && path != "/" && !strings.HasPrefix(path, "/..") {
 			return filepath.Join(path, "envoy")
 		}
 	}
 	return filepath.Join("/weft", node, podUID)
+}
+
+// sameFolder finds the folder below root that self shows from another mount; "": there is none, or it is root itself.
+func sameFolder(root, self string) string {
+	want, err := os.Stat(self)
+	if err != nil {
+		return ""
+	}
+	found := ""
+	_ = filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.IsDir() {
+			return nil // it went meanwhile
+		}
+		if info, err := d.Info(); err == nil && os.SameFile(info, want) {
+			found = strings.TrimPrefix(path, root)
+			return fs.SkipAll
+		}
+		return nil
+	})
+	return found
 }
 
 // makeCgroup makes a cgroup and ends what a supervisor before left in it.

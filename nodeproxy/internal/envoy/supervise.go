@@ -76,14 +76,21 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read own cgroup: %w", err)
 	}
-	path := ownCgroup(string(self), c.NodeID, c.PodUID)
+	if err := makeFolder(c.RunDir, 0, c.GID); err != nil {
+		return err
+	}
+	unlock, err := Lock(ctx, filepath.Join(c.RunDir, "supervisor.lock"), func() {
+		c.Log.Info("another supervisor has the node, waiting for it to go")
+	})
+	if err != nil {
+		return fmt.Errorf("take the node: %w", err)
+	}
+	defer unlock()
+	path := ownCgroup(string(self), filepath.Clean(c.CgroupRoot), c.SelfCgroup, c.NodeID, c.PodUID)
 	if s.cgroup, err = makeCgroup(c.CgroupRoot, path); err != nil {
 		return err
 	}
 	defer removeCgroup(c.CgroupRoot, path)
-	if err := makeFolder(c.RunDir, 0, c.GID); err != nil {
-		return err
-	}
 	// The admin socket is for Envoy's group, and root without CAP_DAC_OVERRIDE is like anybody.
 	if err := syscall.Setgroups([]int{c.GID}); err != nil {
 		return fmt.Errorf("join Envoy's group: %w", err)

@@ -15,6 +15,7 @@ import (
 
 	"github.com/containerd/nri/pkg/api"
 	"github.com/containerd/nri/pkg/stub"
+	"golang.org/x/sys/unix"
 )
 
 // Pod is a pod sandbox with a network namespace of its own.
@@ -131,7 +132,9 @@ func (p *plugin) Synchronize(_ context.Context, sandboxes []*api.PodSandbox, con
 					pod.Containers = append(pod.Containers, c.Name)
 				}
 			}
-			now[pod.UID] = pod
+			if other, twice := now[pod.UID]; !twice || t.prefer(pod, other) {
+				now[pod.UID] = pod
+			}
 		}
 	}
 	t.mu.Lock()
@@ -153,6 +156,23 @@ func (p *plugin) Synchronize(_ context.Context, sandboxes []*api.PodSandbox, con
 		t.config.Changed(uid)
 	}
 	return nil, nil
+}
+
+// prefer chooses of two sandboxes of one pod: runtimes list a dead one until kubelet removes it. The network namespace of
+// what lives is there; else the one that is known stays.
+func (t *Table) prefer(pod, other Pod) bool {
+	if lives, otherLives := isNetns(pod.NetnsPath), isNetns(other.NetnsPath); lives != otherLives {
+		return lives
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	known, ok := t.pods[pod.UID]
+	return ok && known.Sandbox == pod.Sandbox
+}
+
+func isNetns(path string) bool {
+	var s unix.Statfs_t
+	return unix.Statfs(path, &s) == nil && s.Type == unix.NSFS_MAGIC
 }
 
 // RunPodSandbox tells of a new pod whose network is ready and in which no container exists yet.

@@ -3,6 +3,8 @@ package pods
 import (
 	"log/slog"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 
@@ -147,5 +149,34 @@ func TestPodEnds(t *testing.T) {
 	call(t, r.StopPodSandbox(t.Context(), sandbox("a", "2")))
 	if got := r.took(); len(got) != 0 {
 		t.Errorf("told of %v, which is long gone", got)
+	}
+}
+
+// TestDeadSandboxIsPassedOver: after a reboot a pod has two sandboxes, and the runtime lists them in any order.
+func TestDeadSandboxIsPassedOver(t *testing.T) {
+	for name, order := range map[string][]string{"dead first": {"1", "2"}, "dead last": {"2", "1"}} {
+		t.Run(name, func(t *testing.T) {
+			r := newRuntime()
+			r.table.config.NetnsDir = t.TempDir()
+			call(t, os.Symlink("/proc/self/ns/net", filepath.Join(r.table.config.NetnsDir, "cni-2")))
+			var all []*api.PodSandbox
+			for _, id := range order {
+				all = append(all, sandbox("a", id))
+			}
+			for range 2 {
+				_, err := r.Synchronize(t.Context(), all, nil)
+				call(t, err)
+				if p, _ := r.table.Get("a"); p.Sandbox != "2" {
+					t.Errorf("the pod's sandbox is %s", p.Sandbox)
+				}
+			}
+			// Where neither can be told to be dead, the known one stays.
+			call(t, os.Remove(filepath.Join(r.table.config.NetnsDir, "cni-2")))
+			_, err := r.Synchronize(t.Context(), all, nil)
+			call(t, err)
+			if p, _ := r.table.Get("a"); p.Sandbox != "2" {
+				t.Errorf("the known sandbox gave way to %s", p.Sandbox)
+			}
+		})
 	}
 }

@@ -152,6 +152,15 @@ func (c *Cache) Relay(k Key, version string, body *anypb.Any) {
 	}
 }
 
+// RelayInstead gives Envoy an answer in the controller's place, unless that one has come meanwhile.
+func (c *Cache) RelayInstead(k Key, body *anypb.Any) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e, there := c.entries[k]; c.wanted[k] > 0 && (!there || e.version == instead) {
+		c.put(k, entry{version: instead, body: body, origin: body})
+	}
+}
+
 // Resource is a relayed one as the controller made it.
 type Resource struct {
 	Key     Key
