@@ -162,7 +162,8 @@ func lead(ctx context.Context, o options, config *rest.Config, p *process, log *
 	if err != nil {
 		return fmt.Errorf("serve agents: %w", err)
 	}
-	agents := grpc.NewServer(append(connections(o.ttl), grpc.Creds(credentials.NewTLS(authority.TLS())), grpc.UnaryInterceptor(m.signs))...)
+	agents := grpc.NewServer(append(connections(o.ttl), grpc.Creds(credentials.NewTLS(authority.TLS())), grpc.UnaryInterceptor(m.signs),
+		grpc.InTapHandle(admit), grpc.MaxConcurrentStreams(streams))...)
 	discovery.RegisterAggregatedDiscoveryServiceServer(agents, &serve.Service{Server: server, Peer: peer})
 	meshv1.RegisterIdentityServer(agents, authority)
 	meshv1.RegisterReportsServer(agents, store)
