@@ -165,6 +165,9 @@ func (p *pod) step(goal ir.Stage, r *meshv1.PodReport, answered uint64) {
 		p.Moved = p.Policy
 	}
 	if goal == ir.Out {
+		if p.Stage == ir.Enforced && r.GetState() == meshv1.PodState_POD_STATE_CAPTURED && r.GetReason() == "" {
+			return // the node may be about to enforce: this is no answer to an order to stop it
+		}
 		p.Lost, p.enforced = false, false
 		if p.Stage == ir.Enforced {
 			p.Stage = ir.Captured

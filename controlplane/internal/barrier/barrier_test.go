@@ -211,3 +211,27 @@ func TestInvariants(t *testing.T) {
 		}
 	}
 }
+
+// TestOrderToEnforceIsAnsweredFirst: what a node said before it was told to enforce is no answer to what comes next.
+func TestOrderToEnforceIsAnsweredFirst(t *testing.T) {
+	for name, answer := range map[string]func(*world){
+		"it enforces": func(w *world) { w.says(meshv1.PodState_POD_STATE_ENFORCED) },
+		"it cannot":   func(w *world) { w.says(meshv1.PodState_POD_STATE_CAPTURED); w.report.Reason = "StepFailed" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := &world{barrier: New(map[string]resolve.Decision{uid: {Stage: ir.Enforced, MTLS: true}}), goal: ir.Out, answered: 99}
+			w.says(meshv1.PodState_POD_STATE_CAPTURED)
+			if got := w.step(); got.Stage != ir.Enforced || !got.MTLS {
+				t.Fatalf("before the answer: %+v", got)
+			}
+			answer(w)
+			if got := w.step(); got.Stage != ir.Captured {
+				t.Fatalf("after the answer: %+v", got)
+			}
+			w.says(meshv1.PodState_POD_STATE_CAPTURED)
+			if got := w.step(); got.MTLS {
+				t.Errorf("Permissive again: %+v", got)
+			}
+		})
+	}
+}

@@ -41,14 +41,15 @@ type compiledRoute struct {
 
 func (r *resolver) resolveRoutes() {
 	var routes []compiledRoute
-	for _, route := range r.in.HTTPRoutes {
-		c := compiledRoute{ref: Ref{"HTTPRoute", route.Namespace, route.Name, route.Generation}, created: route.CreationTimestamp, parents: route.Spec.ParentRefs}
-		c.rules, c.problems = r.httpRules(route, c.ref)
-		routes = append(routes, c.sized(route.Spec))
-	}
+	// GRPCRoutes first: where nothing is declared, they say that a port speaks HTTP/2, over which HTTPRoutes go as well.
 	for _, route := range r.in.GRPCRoutes {
 		c := compiledRoute{ref: Ref{"GRPCRoute", route.Namespace, route.Name, route.Generation}, created: route.CreationTimestamp, parents: route.Spec.ParentRefs}
 		c.rules, c.problems = r.grpcRules(route, c.ref)
+		routes = append(routes, c.sized(route.Spec))
+	}
+	for _, route := range r.in.HTTPRoutes {
+		c := compiledRoute{ref: Ref{"HTTPRoute", route.Namespace, route.Name, route.Generation}, created: route.CreationTimestamp, parents: route.Spec.ParentRefs}
+		c.rules, c.problems = r.httpRules(route, c.ref)
 		routes = append(routes, c.sized(route.Spec))
 	}
 	found := map[ir.PortKey][]candidate{}
@@ -132,8 +133,8 @@ func (r *resolver) attach(found map[ir.PortKey][]candidate, c compiledRoute, con
 	}
 }
 
-// takes tells whether a parentRef names a port, and the port can have such routes. Where nothing is declared, the Service's
-// own namespace alone says by a route that it is HTTP/2: for everybody.
+// takes tells whether a parentRef names a port, and the port can have such routes. gRPC goes over HTTP/2 alone; where nothing
+// is declared, the Service's own namespace says so by a route: for everybody.
 func takes(port *ir.ServicePort, parent gwv1.ParentReference, kind string, consumer bool) bool {
 	switch {
 	case parent.Port != nil && uint16(*parent.Port) != port.Key.Port, parent.SectionName != nil && string(*parent.SectionName) != port.Name:
@@ -141,7 +142,7 @@ func takes(port *ir.ServicePort, parent gwv1.ParentReference, kind string, consu
 	case port.Protocol == ir.HTTP2:
 		return true
 	}
-	return port.Protocol == ir.HTTP1 && !(consumer && kind == "GRPCRoute" && port.Class == ir.ClassAuto)
+	return port.Protocol == ir.HTTP1 && (kind != "GRPCRoute" || !consumer && port.Class == ir.ClassAuto)
 }
 
 // candidates are a route's rules for one port.
