@@ -219,7 +219,7 @@ func TestOrderToEnforceIsAnsweredFirst(t *testing.T) {
 		"it cannot":   func(w *world) { w.says(meshv1.PodState_POD_STATE_CAPTURED); w.report.Reason = "StepFailed" },
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := &world{barrier: New(map[string]resolve.Decision{uid: {Stage: ir.Enforced, MTLS: true}}), goal: ir.Out, answered: 99}
+			w := &world{barrier: New(map[string]resolve.Decision{uid: {Stage: ir.Enforced, MTLS: true}}), goal: ir.Out}
 			w.says(meshv1.PodState_POD_STATE_CAPTURED)
 			if got := w.step(); got.Stage != ir.Enforced || !got.MTLS {
 				t.Fatalf("before the answer: %+v", got)
