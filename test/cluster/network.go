@@ -36,11 +36,13 @@ func (c Config) connectControlPlane(pid int) error {
 	if err := linkUp(inside, "lo"); err != nil {
 		return err
 	}
-	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridgeName}}
+	v4, v6 := c.controlPlane()
+	// A bridge without an address of its own takes the lowest of its ports: when that node goes, all others would ask for half
+	// a minute where there is nobody any more.
+	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridgeName, HardwareAddr: append(net.HardwareAddr{2, 0}, v4.AsSlice()...)}}
 	if err := inside.LinkAdd(bridge); err != nil {
 		return fmt.Errorf("make the bridge between the nodes: %w", err)
 	}
-	v4, v6 := c.controlPlane()
 	if err := c.addresses(inside, bridge, v4, v6); err != nil {
 		return err
 	}

@@ -288,11 +288,16 @@ func (a *agent) start(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read enrolled pods: %w", err)
 	}
+	var uids []string
+	for _, p := range held {
+		uids = append(uids, p.UID)
+	}
+	a.cache.Expect(uids)
 	go a.enroller.Run(ctx)
 	for _, p := range a.table.All() {
 		a.enroller.Changed(p.UID)
 	}
-	// Envoy outlives the agent: before it is answered, the listeners that it has must be in the cache again.
+	// Envoy outlives the agent: before it is answered, the listeners that it has should be in the cache again.
 	a.await(ctx, 10*time.Second, func() bool {
 		for _, p := range held {
 			if wish := a.LocalPod(p.UID); wish != nil && wish.Stage != meshv1.Stage_STAGE_OUT && len(a.cache.Names(relay.TypeListener, "in/"+p.UID+"/")) == 0 {
@@ -392,6 +397,7 @@ func (a *agent) generation() (uint32, bool) {
 func (a *agent) follow(s envoy.State) {
 	old := a.proxy.Swap(&s)
 	a.reporter.Health(healthOf(s))
+	a.cache.Ended(s.PID == 0)
 	if s.Cgroup == "" {
 		a.cache.Pause(true)
 		return

@@ -40,6 +40,8 @@ type Envoy interface {
 	Delete(k relay.Key)
 	Wait(ctx context.Context, k relay.Key, version string) error
 	Names(typeURL, prefix string) []string
+	// Complete says that the listeners that were Set are all that the pod has: Envoy loses others of it.
+	Complete(podUID string)
 }
 
 // Identities gives SVIDs.
@@ -253,6 +255,7 @@ func (e *Enroller) reconcile(ctx context.Context, uid string) (again time.Durati
 	}
 	if !runs { // nor was anything done about it here; an agent before may have
 		e.forget(uid)
+		e.config.Envoy.Complete(uid)
 		return 0, ignoreUnknown(e.config.Kernel.Withdraw(uid))
 	}
 	if wish == nil {

@@ -315,6 +315,8 @@ func (f *fakeEnvoy) Delete(k relay.Key) {
 	_ = (*world)(f).event("Envoy loses %s", k.Name)
 }
 
+func (f *fakeEnvoy) Complete(podUID string) { _ = (*world)(f).event("complete %s", podUID) }
+
 func (f *fakeEnvoy) Wait(_ context.Context, k relay.Key, version string) error {
 	if m := f.resources[k]; m != nil && f.refuses != nil {
 		if err := f.refuses(m); err != nil {

@@ -30,6 +30,7 @@ func (e *Enroller) listen(ctx context.Context, s *state, wish *meshv1.LocalPod, 
 		e.restore(s, wish)
 		return err
 	}
+	e.config.Envoy.Complete(s.pod.UID)
 	e.dropRules(s.pod.UID, rules)
 	if lds.Drops(s.inbound.given, listeners) {
 		s.inbound.drained = e.now().Add(e.config.Drain)

@@ -224,6 +224,7 @@ func (e *Enroller) end(s *state) error {
 			e.config.Envoy.Delete(relay.Key{TypeURL: relay.TypeListener, Name: name})
 		}
 	}
+	e.config.Envoy.Complete(s.pod.UID)
 	e.dropRules(s.pod.UID, nil)
 	if err := e.config.Kernel.Withdraw(s.pod.UID); err != nil && !errors.Is(err, redirect.ErrUnknownPod) {
 		return fmt.Errorf("withdraw: %w", err)

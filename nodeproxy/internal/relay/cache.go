@@ -80,7 +80,11 @@ type Cache struct {
 	kept    map[Key]time.Time
 	primed  bool
 	paused  bool
-	places  uint64
+	// ended: no Envoy runs that could have anything of before.
+	ended  bool
+	places uint64
+	// expected are pods whose listeners Envoy may have of an agent before this one, which has not given them yet.
+	expected map[string]bool
 	// answered is closed and replaced when Envoy answers something or a stream comes or goes.
 	answered chan struct{}
 }
@@ -93,7 +97,7 @@ func NewCache(c Config) *Cache {
 	if c.Coming == nil {
 		c.Coming = func(string) bool { return false }
 	}
-	return &Cache{config: c, entries: map[Key]entry{}, streams: map[*stream]bool{}, wanted: map[Key]int{}, kept: map[Key]time.Time{}, answered: make(chan struct{})}
+	return &Cache{config: c, entries: map[Key]entry{}, streams: map[*stream]bool{}, wanted: map[Key]int{}, kept: map[Key]time.Time{}, expected: map[string]bool{}, answered: make(chan struct{})}
 }
 
 // Prime starts answering. Until then Envoy waits: after a restart of the agent it would otherwise be told that what the
@@ -105,6 +109,49 @@ func (c *Cache) Prime() {
 	for s := range c.streams {
 		s.rouse()
 	}
+}
+
+// Expect keeps from Envoy that listeners of these pods are gone, until Complete is called for them. An agent that has
+// restarted may need long to make them all again, and Envoy may come back to it at any time.
+func (c *Cache) Expect(podUIDs []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, uid := range podUIDs {
+		c.expected[uid] = true
+	}
+}
+
+// Complete says that what is here of a pod's listeners is all that Envoy is to have.
+func (c *Cache) Complete(podUID string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.expected[podUID] {
+		return
+	}
+	delete(c.expected, podUID)
+	for s := range c.streams {
+		for k := range s.sent {
+			if k.TypeURL == TypeListener && podOf(k.Name) == podUID {
+				s.pending[k] = true
+			}
+		}
+		s.rouse()
+	}
+}
+
+// podOf is the uid in a listener's name, "<direction>/<uid>/<sandbox>".
+func podOf(listener string) string {
+	_, rest, _ := strings.Cut(listener, "/")
+	uid, _, _ := strings.Cut(rest, "/")
+	return uid
+}
+
+// Ended tells whether an Envoy runs; until it is told, one may.
+func (c *Cache) Ended(ended bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.ended = ended
+	c.notify()
 }
 
 // Pause stops answering, or starts again: while the kernel does not know Envoy's cgroup, it must not listen in pods.
@@ -299,10 +346,15 @@ func (c *Cache) Wait(ctx context.Context, k Key, version string) error {
 }
 
 // Settled is Wait for relayed resources: one that nobody wants any more, or that a newer version has replaced, is settled.
+// One that is kept for an Envoy that has yet to say what it has is not: it may have an older version.
 func (c *Cache) Settled(ctx context.Context, k Key, version string) error {
 	return c.await(ctx, k.Name, func() (bool, error) {
-		if e, ok := c.entries[k]; !ok || e.version != version || c.wanted[k] == 0 { // nobody waits for it
+		if e, ok := c.entries[k]; !ok || e.version != version {
 			return true, nil
+		}
+		if c.wanted[k] == 0 {
+			_, kept := c.kept[k]
+			return !kept || c.ended || c.listening(), nil
 		}
 		return c.state(k, version)
 	})

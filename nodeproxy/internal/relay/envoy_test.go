@@ -614,10 +614,15 @@ func TestAgentComesBack(t *testing.T) {
 	l.Name, l.Address = "another", address("127.0.0.1", port)
 	k, version := n.give(t, l)
 	n.wait(t, k, version)
+	l, awaited := n.entry(t), freePort(t)
+	l.Name, l.Address = "in/uid-1/sandbox-1", address("127.0.0.1", awaited)
+	k, version = n.give(t, l)
+	n.wait(t, k, version)
 
 	n.server.Stop()
 	n.stopUp()
-	n.agent(t) // without the other listener
+	n.agent(t) // without the other listeners
+	n.cache.Expect([]string{"uid-1"})
 	until(t, "Envoy is connected", n.cache.Connected, nil)
 	n.asked(t, relay.TypeEndpoints, serviceName)
 	if !listens(port) || !listens(n.port) {
@@ -625,6 +630,11 @@ func TestAgentComesBack(t *testing.T) {
 	}
 	n.cache.Prime()
 	until(t, "what the new agent does not have is gone", func() bool { return !listens(port) }, nil)
+	if !listens(awaited) {
+		t.Error("a listener went that the agent has yet to give")
+	}
+	n.cache.Complete("uid-1")
+	until(t, "what it will not give is gone", func() bool { return !listens(awaited) }, nil)
 	n.answered(t, "a")
 	// The controller's next word reaches Envoy, and the one it has already is no change.
 	n.controller.Send(t, relay.TypeCluster, map[string]proto.Message{serviceName: service(t, a)})

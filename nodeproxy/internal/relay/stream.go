@@ -374,6 +374,8 @@ func (s *stream) silent(k Key) bool {
 	switch {
 	case was && sent == "" || relayed[k.TypeURL] && s.named[k]:
 		return true
+	case k.TypeURL == TypeListener && s.cache.expected[podOf(k.Name)]:
+		return true
 	case k.TypeURL == TypeSecret && (!was || sent == unsure) && s.named[k]:
 		return s.cache.config.Coming(k.Name)
 	case k.TypeURL == TypeSecret:
