@@ -63,6 +63,16 @@ func TestDatabases(t *testing.T) {
 		t.Fatal(err)
 	}
 	enrolled, outsider := caller{"mesh", "db-client"}, caller{"outside", "db-client"}
+	until(t, time.Minute, "kube-proxy to know the databases", func() (bool, string) {
+		for _, at := range placements {
+			for _, namespace := range []string{"mesh", "outside"} {
+				if _, err := tryQuery(t, outsider, at, namespace, 3306); err != nil {
+					return false, err.Error()
+				}
+			}
+		}
+		return true, ""
+	})
 	t.Run("Permissive", func(t *testing.T) {
 		for _, at := range placements {
 			noWait(t, enrolled, outsider, at)
@@ -88,15 +98,24 @@ const connections = 20
 // query connects again and again to a namespace's database and returns how long one connection with its query took.
 func query(t *testing.T, from caller, at placement, namespace string, port int) time.Duration {
 	t.Helper()
+	took, err := tryQuery(t, from, at, namespace, port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return took
+}
+
+func tryQuery(t *testing.T, from caller, at placement, namespace string, port int) (time.Duration, error) {
+	t.Helper()
 	client := pod(t, from.namespace, from.app, at.node).Name
 	script := strings.Repeat("connect; select 'answer';", connections)
 	started := time.Now()
 	out, err := k8s.Kubectl(t.Context(), "exec", "-n", from.namespace, client, "--", "mariadb", "--no-defaults", "-h", "db."+namespace, "-P", fmt.Sprint(port), "-N", "-e", script)
 	took := time.Since(started)
 	if n := strings.Count(out, "answer"); err != nil || n != connections {
-		t.Fatalf("%s, %s, port %d: %d answers of %d, %v", from, at.name, port, n, connections, err)
+		return 0, fmt.Errorf("%s, %s, port %d: %d answers of %d, %w", from, at.name, port, n, connections, err)
 	}
-	return took / connections
+	return took / connections, nil
 }
 
 // noWait compares connections into the mesh with such that no mesh has a part in, made in turns on the same machine: a
