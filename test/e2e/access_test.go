@@ -219,7 +219,7 @@ func (c accessCase) run(t *testing.T, all []route, logged *followed) {
 	}
 	until(t, 30*time.Second, "the lines of every call", func() (bool, string) {
 		lines, _ := logged.since(first)
-		log := readRecords(lines)
+		log := readRecords(lines, trials)
 		for _, v := range trials {
 			if problem := v.unlogged(log); problem != "" {
 				return false, fmt.Sprintf("%v: %s", v, problem)

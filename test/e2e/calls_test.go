@@ -38,7 +38,7 @@ func (o outcome) closed() bool {
 	if o.Status != 0 || o.Body != "" {
 		return false
 	}
-	for _, end := range []string{"EOF", "reset by peer", "broken pipe", "connection refused", "client conn could not be established"} {
+	for _, end := range []string{"EOF", "reset by peer", "broken pipe", "connection refused", "server closed idle connection", "client conn could not be established"} {
 		if strings.Contains(o.Error, end) {
 			return true
 		}

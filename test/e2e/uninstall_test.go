@@ -23,6 +23,9 @@ var (
 	untouched inside
 )
 
+// kubepods are the control groups of all pods of a class, which the first of them brings.
+var kubepods = regexp.MustCompile(`/kubepods(/besteffort|/burstable)? \(`)
+
 // keptByKubelet is the folder that it makes for weft's pods to mount, and never removes.
 var keptByKubelet = regexp.MustCompile(`^n\d: files: \+ /run/weft$`)
 
@@ -193,8 +196,10 @@ func weftsOwn(change snapshot.Change) bool {
 		return true
 	case snapshot.Sysctl:
 		return change.Before != "" && change.After != ""
-	case snapshot.NetNamespace, snapshot.ControlGroup:
+	case snapshot.NetNamespace:
 		return change.Before == ""
+	case snapshot.ControlGroup:
+		return change.Before == "" && !kubepods.MatchString(change.String())
 	}
 	return false
 }

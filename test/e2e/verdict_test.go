@@ -82,7 +82,22 @@ func (v trial) problem(server kube.Pod) string {
 // records are what both nodes' Envoys logged: in, the callee's requests by marker and connections by the caller's
 // address; out, the callers' by marker and by the app's address. A caller's line names the address that its Envoy called
 // from.
-type records struct{ in, out lines }
+type records struct {
+	in, out lines
+	// claimed are the addresses that callers called from.
+	claimed map[netip.AddrPort]bool
+}
+
+// translated finds a connection from an address and a port from which nobody called: kube-proxy's translation of a Service's
+// address chooses another port where the caller's own is still known in another connection to the same pod.
+func (r records) translated(from netip.Addr, to int) (logLine, bool) {
+	for source, l := range r.in.connections {
+		if source.Addr() == from && !r.claimed[source] && l.at(to) {
+			return l, true
+		}
+	}
+	return logLine{}, false
+}
 
 type lines struct {
 	requests    map[string]logLine
@@ -91,10 +106,16 @@ type lines struct {
 
 var markerIn = regexp.MustCompile(`m=[0-9.n]+`)
 
-func readRecords(logged []nodeLine) records {
+func readRecords(logged []nodeLine, trials []trial) records {
 	r := records{
 		lines{map[string]logLine{}, map[netip.AddrPort]logLine{}},
 		lines{map[string]logLine{}, map[netip.AddrPort]logLine{}},
+		map[netip.AddrPort]bool{},
+	}
+	for _, v := range trials {
+		if local, ok := address(v.Local); ok {
+			r.claimed[local] = true
+		}
 	}
 	for _, l := range logged {
 		side := r.in
@@ -161,6 +182,9 @@ func (v trial) connection(r records, from string) string {
 		return fmt.Sprintf("the caller's line says that it called from %q", from)
 	}
 	l, ok := r.in.connections[source]
+	if !ok && v.from == stranger {
+		l, ok = r.translated(source.Addr(), v.port)
+	}
 	if !ok {
 		return "the callee has no line of the connection from " + from
 	}
