@@ -36,25 +36,25 @@ func (v *view) targets() []target {
 	var out []target
 	if m := v.Input.MeshConfig; m != nil {
 		want := policyStatus(v.problems[resolve.Ref{Kind: "MeshConfig", Name: m.Name}], v.meshInForce(m), m.Generation, m.Status)
-		out = append(out, merged(&v1alpha1.MeshConfig{ObjectMeta: metav1.ObjectMeta{Name: m.Name}}, m.Status, want, want.Conditions, m.Status.Conditions))
+		out = append(out, merged(&v1alpha1.MeshConfig{ObjectMeta: known(m.ObjectMeta)}, m.Status, want, want.Conditions, m.Status.Conditions))
 	}
 	for _, a := range v.Input.AuthenticationPolicies {
 		ref := resolve.Ref{Kind: "AuthenticationPolicy", Namespace: a.Namespace, Name: a.Name}
 		want := policyStatus(v.problems[ref], v.inForce(v.concerned(a.Namespace, ""), a.Generation), a.Generation, a.Status)
-		out = append(out, merged(&v1alpha1.AuthenticationPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: a.Namespace, Name: a.Name}}, a.Status, want, want.Conditions, a.Status.Conditions))
+		out = append(out, merged(&v1alpha1.AuthenticationPolicy{ObjectMeta: known(a.ObjectMeta)}, a.Status, want, want.Conditions, a.Status.Conditions))
 	}
 	for _, a := range v.Input.AccessPolicies {
 		ref := resolve.Ref{Kind: "AccessPolicy", Namespace: a.Namespace, Name: a.Name}
 		want := policyStatus(v.problems[ref], v.inForce(v.concerned(a.Namespace, "AccessPolicy "+a.Namespace+"/"+a.Name), a.Generation), a.Generation, a.Status)
-		out = append(out, merged(&v1alpha1.AccessPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: a.Namespace, Name: a.Name}}, a.Status, want, want.Conditions, a.Status.Conditions))
+		out = append(out, merged(&v1alpha1.AccessPolicy{ObjectMeta: known(a.ObjectMeta)}, a.Status, want, want.Conditions, a.Status.Conditions))
 	}
 	for _, r := range v.Input.HTTPRoutes {
 		want := v.routeStatus(resolve.Ref{Kind: "HTTPRoute", Namespace: r.Namespace, Name: r.Name}, r.Spec.ParentRefs, r.Generation, r.Status.Parents)
-		out = append(out, merged(&gwv1.HTTPRoute{ObjectMeta: metav1.ObjectMeta{Namespace: r.Namespace, Name: r.Name}}, r.Status.RouteStatus, want, flatten(want), flatten(r.Status.RouteStatus)))
+		out = append(out, merged(&gwv1.HTTPRoute{ObjectMeta: known(r.ObjectMeta)}, r.Status.RouteStatus, want, flatten(want), flatten(r.Status.RouteStatus)))
 	}
 	for _, r := range v.Input.GRPCRoutes {
 		want := v.routeStatus(resolve.Ref{Kind: "GRPCRoute", Namespace: r.Namespace, Name: r.Name}, r.Spec.ParentRefs, r.Generation, r.Status.Parents)
-		out = append(out, merged(&gwv1.GRPCRoute{ObjectMeta: metav1.ObjectMeta{Namespace: r.Namespace, Name: r.Name}}, r.Status.RouteStatus, want, flatten(want), flatten(r.Status.RouteStatus)))
+		out = append(out, merged(&gwv1.GRPCRoute{ObjectMeta: known(r.ObjectMeta)}, r.Status.RouteStatus, want, flatten(want), flatten(r.Status.RouteStatus)))
 	}
 	for _, s := range v.Input.Services {
 		if t, ok := v.service(s); ok {
@@ -71,7 +71,7 @@ func (v *view) service(s *corev1.Service) (target, bool) {
 	if i < 0 && len(problems) == 0 {
 		return target{}, false
 	}
-	t := target{object: &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: s.Namespace, Name: s.Name}}, how: types.StrategicMergePatchType}
+	t := target{object: &corev1.Service{ObjectMeta: known(s.ObjectMeta)}, how: types.StrategicMergePatchType}
 	if c := judge(problems, -1, conditionCaptured, "", 0); c.Status == metav1.ConditionFalse {
 		// Other conditions of a Service are others': the patch merges by type.
 		t.conditions = changed(s.Status.Conditions, []metav1.Condition{c}, time.Now())

@@ -63,7 +63,7 @@ func policyPicture() *engine.Picture {
 	report := &meshv1.PodReport{State: meshv1.PodState_POD_STATE_ENFORCED, InboundPolicy: "new", SettledPolicy: "new"}
 	other := proto.Clone(report).(*meshv1.PodReport)
 	return &engine.Picture{
-		Input: resolve.Input{AccessPolicies: []*v1alpha1.AccessPolicy{{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "a", Generation: 2}}}},
+		Input: resolve.Input{AccessPolicies: []*v1alpha1.AccessPolicy{{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "a", UID: "u-a", ResourceVersion: "7", Generation: 2}}}},
 		Snapshot: &ir.Snapshot{
 			Pods:     map[string]*ir.Pod{"p1": pod("p1", "n1"), "p2": pod("p2", "n2")},
 			Policies: map[string]*ir.InboundPolicy{"new": {Hash: "new", Default: ir.PortPolicy{Sources: []string{source}}}},

@@ -213,6 +213,11 @@ func merged(o client.Object, have, want any, conditions, before []metav1.Conditi
 	return target{o, types.MergePatchType, want, reflect.DeepEqual(have, want), conditions, changed(before, conditions, time.Now())}
 }
 
+// known is what a patch needs of an object's metadata.
+func known(m metav1.ObjectMeta) metav1.ObjectMeta {
+	return metav1.ObjectMeta{Namespace: m.Namespace, Name: m.Name, UID: m.UID, ResourceVersion: m.ResourceVersion}
+}
+
 // read names the object as it was read: not another of the same name, nor, where the status has others' parts too, one that
 // somebody else has written since.
 func (t target) read() map[string]any {

@@ -58,10 +58,14 @@ func (a *api) Patch(_ context.Context, o client.Object, p client.Patch, _ ...cli
 		return err
 	}
 	var content struct {
-		Status struct{ Conditions []metav1.Condition }
+		Metadata struct{ UID, ResourceVersion string }
+		Status   struct{ Conditions []metav1.Condition }
 	}
 	if err := json.Unmarshal(body, &content); err != nil {
 		return err
+	}
+	if _, pod := o.(*corev1.Pod); content.Metadata.UID == "" || !pod && content.Metadata.ResourceVersion == "" {
+		return fmt.Errorf("metadata %+v names no object as it was read", content.Metadata)
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
