@@ -17,8 +17,8 @@ import (
 
 // TestListenersComeAndGo: all pods have the same addresses, each in a network namespace of its own. Envoy's workers tell
 // listeners apart by the address's text alone, and 1.40 keeps one that has gone when another pod has taken its address
-// since: the next one there uses freed memory. The holder's addresses prevent it. Without them Envoy dies within a few tries; when it
-// never does any more, they can go.
+// since: the next one there uses freed memory. The holder's addresses prevent it. Without them Envoy dies within a few
+// tries; when it never does any more, they can go.
 func TestListenersComeAndGo(t *testing.T) {
 	node, pod := load(t, "nodeproxy/internal/lds")["node"], load(t, "nodeproxy/internal/lds")["captured"]
 	holder := node.Listeners[0].(*listener.Listener)
