@@ -10,6 +10,8 @@ import (
 var (
 	// ErrUnknownPod is returned for a pod uid that is neither gated nor enrolled in this instance.
 	ErrUnknownPod = errors.New("pod is not enrolled on this node")
+	// ErrStillAttached is in AttachProxy's error when that cgroup is attached since before, and stays so.
+	ErrStillAttached = errors.New("it is attached since before")
 	// ErrPodsFull is returned by Gate and Enrol when Limits.Pods is reached. The pod is untouched.
 	ErrPodsFull = errors.New("no room for another pod: raise the limit of enrolled pods per node")
 	// ErrFull is returned when another kernel map is full; the text names it. Its size follows Limits.Pods.

@@ -29,13 +29,13 @@ func (r *Redirect) AttachProxy(generation uint32, cgroupPath string) error {
 	if err := os.MkdirAll(r.pins.proxy(generation), 0o700); err != nil {
 		return fmt.Errorf("attach Envoy's hooks: make pin directory: %w", err)
 	}
-	// What serves already stays, whatever fails now.
+	// What serves already stays, whatever fails now: the error is ErrStillAttached then.
 	var of uint32
 	served := r.maps[weftMapProxies].Lookup(cgroup.id, &of) == nil && of == generation
 	fail := func(err error) error {
 		err = fmt.Errorf("attach Envoy's hooks: %w", err)
 		if served {
-			return err
+			return errors.Join(err, ErrStillAttached)
 		}
 		return errors.Join(err, r.detachProxy(generation))
 	}

@@ -24,7 +24,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
-	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/rest"
 
 	"github.com/weftmesh/weft/test/kube"
 )
@@ -82,10 +82,7 @@ func (b *bench) run(ctx context.Context, only []string, out string) error {
 	if b.cluster, err = kube.Open(b.root); err != nil {
 		return err
 	}
-	config, err := clientcmd.BuildConfigFromFlags("", b.cluster.Kubeconfig)
-	if err != nil {
-		return fmt.Errorf("read kubeconfig: %w", err)
-	}
+	config := rest.CopyConfig(b.cluster.Config)
 	config.QPS, config.Burst = 200, 200
 	if b.objects, err = dynamic.NewForConfig(config); err != nil {
 		return fmt.Errorf("make client: %w", err)

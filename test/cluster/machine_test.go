@@ -45,14 +45,11 @@ func machineLayouts(t *testing.T) map[string]cgroups.Layout {
 		t.Skipf("control groups are read-only here: %v", readOnly)
 	}
 	// Another package's tests switch controllers of the root, too.
-	root, err := os.Open(layout.V2.MountPoint)
-	if err == nil {
-		t.Cleanup(func() { root.Close() })
-		err = unix.Flock(int(root.Fd()), unix.LOCK_EX)
-	}
+	release, err := layout.Lock()
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(release)
 	return map[string]cgroups.Layout{"as mounted": layout, "cgroup2 alone": {V2: layout.V2}}
 }
 

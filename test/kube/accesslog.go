@@ -71,14 +71,14 @@ func (c *Cluster) FollowEnvoys(ctx context.Context, namespace string, hear func(
 }
 
 // followLog hears each line that a pod's container logs from now on. kubelet ends what follows a log now and then, with the
-// container running: it goes on from the last second before, whose lines are heard twice.
+// container running: it goes on from the last second before, whose lines are heard twice. container "": the pod's only one.
 func (c *Cluster) followLog(ctx context.Context, namespace, pod, container string, hear func(line []byte)) {
-	from := "--tail=1"
+	from, choose := "--tail=1", []string{}
+	if container != "" {
+		choose = []string{"-c", container}
+	}
 	for ctx.Err() == nil {
-		cmd := c.Command(ctx, "logs", "-n", namespace, "-f", from, pod, "-c", container)
-		if container == "" {
-			cmd.Args = cmd.Args[:len(cmd.Args)-2]
-		}
+		cmd := c.Command(ctx, append([]string{"logs", "-n", namespace, "-f", from, pod}, choose...)...)
 		var complaint strings.Builder
 		cmd.Stderr = &complaint
 		out, err := cmd.StdoutPipe()

@@ -154,12 +154,15 @@ func (a *Authority) step(ctx context.Context) error {
 	if secret.Data, err = next.data(); err != nil {
 		return err
 	}
-	tell(secret, next.rotation)
+	turns := next.rotation.Phase != now.rotation.Phase
+	if turns {
+		tell(secret, next.rotation)
+	}
 	// Update, not Patch: a Secret that changed since it was read is not overwritten.
 	if _, err := a.config.Client.CoreV1().Secrets(a.config.Namespace).Update(ctx, secret, metav1.UpdateOptions{}); err != nil {
 		return fmt.Errorf("write Secret %s/%s: %w", a.config.Namespace, secretName, err)
 	}
-	if next.rotation.Phase == now.rotation.Phase {
+	if !turns {
 		return nil
 	}
 	a.config.Log.Info("root rotation", "phase", next.rotation.Phase.String(), "roots", len(next.roots), "signer", next.roots[0].Certificate.SerialNumber)

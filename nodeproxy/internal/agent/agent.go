@@ -72,13 +72,11 @@ type agent struct {
 	attaching sync.Mutex
 	// wished and policies are what pods were last looked at for.
 	wished, policies seen
-	// attached is the process of the Envoy that has its hooks; saving guards the files of the last known state.
-	attached int
-	saving   sync.Mutex
-	applied  sync.Mutex              // one change of the services at a time
-	captures map[netip.AddrPort]bool // services that the kernel was told to capture; guarded by applied
-	dirty    chan struct{}           // the index changed since it was last written
-	started  chan struct{}           // closed when the agent knows what to do
+	saving           sync.Mutex              // one write of the last known state at a time
+	applied          sync.Mutex              // one change of the services at a time
+	captures         map[netip.AddrPort]bool // services that the kernel was told to capture; guarded by applied
+	dirty            chan struct{}           // the index changed since it was last written
+	started          chan struct{}           // closed when the agent knows what to do
 
 	mu   sync.Mutex
 	conn *grpc.ClientConn
@@ -167,15 +165,12 @@ func kernelConfig(c Config, boot string) redirect.Config {
 	return k
 }
 
-// lockFile in the run folder is held by the agent that has the node.
-const lockFile = "agent.lock"
-
 // own takes the node: a second agent waits until the first has gone.
 func own(ctx context.Context, c Config) (release func(), err error) {
 	if err := os.MkdirAll(c.RunDir, 0o750); err != nil {
 		return nil, fmt.Errorf("make run folder: %w", err)
 	}
-	release, err = envoy.Lock(ctx, filepath.Join(c.RunDir, lockFile), func() { c.Log.Info("another agent has the node, waiting for it to go") })
+	release, err = envoy.Lock(ctx, filepath.Join(c.RunDir, "agent.lock"), func() { c.Log.Info("another agent has the node, waiting for it to go") })
 	if err != nil {
 		return nil, fmt.Errorf("take the node: %w", err)
 	}
@@ -428,13 +423,12 @@ func (a *agent) attach(s envoy.State) bool {
 	defer a.attaching.Unlock()
 	if err := a.kernel.AttachProxy(s.Generation, filepath.Join(a.config.CgroupRoot, s.Cgroup)); err != nil {
 		a.config.Log.Error("attach hooks to Envoy's cgroup", "cgroup", s.Cgroup, "error", err)
-		if a.attached == s.PID {
-			return true // this Envoy has its hooks since before
+		if errors.Is(err, redirect.ErrStillAttached) {
+			return true
 		}
 		a.cache.Pause(true)
 		return false
 	}
-	a.attached = s.PID
 	a.cache.Pause(false)
 	return true
 }

@@ -79,7 +79,8 @@ type Config struct {
 	Generation func() (uint32, bool)
 	Report     func(*meshv1.PodReport)
 	// Settle is how long after the end of capture a pod's listeners stay at least, for connections that are still on their
-	// way, and how long Envoys' workers take at most to have what Envoys acknowledged; Linger how long they stay at most while connections use them.
+	// way, and how long Envoys' workers take at most to have what Envoys acknowledged; Linger how long the listeners stay at
+	// most while connections use them.
 	Settle, Linger time.Duration
 	// Drain is how long after the end of a filter chain Envoy has cut every connection that it had.
 	Drain     time.Duration

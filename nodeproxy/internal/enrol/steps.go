@@ -211,7 +211,7 @@ func (e *Enroller) withdraw(ctx context.Context, s *state) error {
 
 // uncapture ends the capture of outbound connections, and of inbound ones unless they stay.
 func (e *Enroller) uncapture(s *state, inboundStays bool) error {
-	if err := e.config.Kernel.Capture(s.pod.UID, inboundStays, false); err != nil && !errors.Is(err, redirect.ErrUnknownPod) {
+	if err := ignoreUnknown(e.config.Kernel.Capture(s.pod.UID, inboundStays, false)); err != nil {
 		return fmt.Errorf("end capture: %w", err)
 	}
 	return nil
@@ -226,7 +226,7 @@ func (e *Enroller) end(s *state) error {
 	}
 	e.config.Envoy.Complete(s.pod.UID)
 	e.dropRules(s.pod.UID, nil)
-	if err := e.config.Kernel.Withdraw(s.pod.UID); err != nil && !errors.Is(err, redirect.ErrUnknownPod) {
+	if err := ignoreUnknown(e.config.Kernel.Withdraw(s.pod.UID)); err != nil {
 		return fmt.Errorf("withdraw: %w", err)
 	}
 	e.config.Identities.Leave(s.account, s.pod.UID)

@@ -16,13 +16,13 @@ import (
 // cgroup namespace of its own the container finds itself by what it sees as the root, self: the same folder below root. Only
 // there may it move Envoy (cgroup_procs_write_permission in kernel/cgroup/cgroup.c, under nsdelegate).
 func ownCgroup(selfCgroup, root, self, node, podUID string) string {
-	if path := sameFolder(root, self); path != "" {
-		return filepath.Join(path, "envoy")
-	}
 	for line := range strings.Lines(selfCgroup) {
 		if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok && path != "/" && !strings.HasPrefix(path, "/..") {
 			return filepath.Join(path, "envoy")
 		}
+	}
+	if path := sameFolder(root, self); path != "" {
+		return filepath.Join(path, "envoy")
 	}
 	return filepath.Join("/weft", node, podUID)
 }

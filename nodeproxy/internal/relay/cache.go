@@ -194,17 +194,11 @@ func (c *Cache) Relay(k Key, version string, body *anypb.Any) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if _, answered := c.entries[k]; version == instead && answered {
+		return // the controller's own answer has come meanwhile
+	}
 	if _, kept := c.kept[k]; kept || c.wanted[k] > 0 {
 		c.put(k, e)
-	}
-}
-
-// RelayInstead gives Envoy an answer in the controller's place, unless that one has come meanwhile.
-func (c *Cache) RelayInstead(k Key, body *anypb.Any) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if e, there := c.entries[k]; c.wanted[k] > 0 && (!there || e.version == instead) {
-		c.put(k, entry{version: instead, body: body, origin: body})
 	}
 }
 

@@ -214,7 +214,7 @@ func (u *Upstream) standIn(k Key) {
 	case live:
 		time.AfterFunc(answerLimit, func() { u.standIn(k) })
 	default:
-		u.config.Cache.RelayInstead(k, body)
+		u.config.Cache.Relay(k, instead, body)
 	}
 }
 

@@ -11,8 +11,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 func TestParseRecorded(t *testing.T) {
@@ -88,14 +86,11 @@ func layouts(t *testing.T) map[string]Layout {
 		t.Skipf("control groups are read-only here: %v", readOnly)
 	}
 	// Another package's tests switch controllers of the root, too.
-	root, err := os.Open(own.V2.MountPoint)
-	if err == nil {
-		t.Cleanup(func() { root.Close() })
-		err = unix.Flock(int(root.Fd()), unix.LOCK_EX)
-	}
+	release, err := own.Lock()
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(release)
 	return map[string]Layout{"as mounted": own, "cgroup2 alone": {V2: own.V2}}
 }
 

@@ -101,6 +101,19 @@ func (l Layout) Disable(controllers []string) {
 	}
 }
 
+// Lock waits until no other process that locks it, too, switches controllers at the root of the cgroup2 mount.
+func (l Layout) Lock() (release func(), err error) {
+	root, err := os.Open(l.V2.MountPoint)
+	if err != nil {
+		return nil, fmt.Errorf("lock control groups: %w", err)
+	}
+	if err := unix.Flock(int(root.Fd()), unix.LOCK_EX); err != nil {
+		_ = root.Close()
+		return nil, fmt.Errorf("lock control groups: %w", err)
+	}
+	return func() { _ = root.Close() }, nil
+}
+
 // V2Path is the group's folder in the cgroup2 hierarchy.
 func (l Layout) V2Path(group string) string { return filepath.Join(l.V2.MountPoint, group) }
 
