@@ -80,6 +80,8 @@ func newNode(t *testing.T) *node {
 	n.agent(t)
 	n.cache.Prime()
 	n.start(t)
+	// Envoy is ready, and acknowledges listeners, before its workers accept.
+	until(t, "Envoy listens", func() bool { return listens(n.port) }, nil)
 	return n
 }
 
