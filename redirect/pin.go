@@ -140,6 +140,9 @@ func awaitDetached(to target, program *ebpf.Program) error {
 	const limit = time.Second
 	for deadline := time.Now().Add(limit); ; time.Sleep(time.Millisecond) {
 		attached, err := link.QueryPrograms(link.QueryOptions{Target: int(to.file.Fd()), Attach: to.attach})
+		if errors.Is(err, unix.ENOSPC) && time.Now().Before(deadline) {
+			continue // another program was attached between the count and the list
+		}
 		if err != nil {
 			return fmt.Errorf("list programs: %w", err)
 		}

@@ -80,7 +80,7 @@ func (v trial) problem(server kube.Pod) string {
 }
 
 // records are what both nodes' Envoys logged: in, the callee's requests by marker and connections by the caller's
-// address; out, the callers' by marker and by the app's address. A caller's line names the address that its Envoy called
+// address and the port; out, the callers' by marker and by the app's address and the port. A caller's line names the address that its Envoy called
 // from.
 type records struct {
 	in, out lines
@@ -91,8 +91,8 @@ type records struct {
 // translated finds a connection from an address and a port from which nobody called: kube-proxy's translation of a Service's
 // address chooses another port where the caller's own is still known in another connection to the same pod.
 func (r records) translated(from netip.Addr, to int) (logLine, bool) {
-	for source, l := range r.in.connections {
-		if source.Addr() == from && !r.claimed[source] && l.at(to) {
+	for end, l := range r.in.connections {
+		if end.remote.Addr() == from && !r.claimed[end.remote] && end.port == to {
 			return l, true
 		}
 	}
@@ -101,15 +101,21 @@ func (r records) translated(from netip.Addr, to int) (logLine, bool) {
 
 type lines struct {
 	requests    map[string]logLine
-	connections map[netip.AddrPort]logLine
+	connections map[ends]logLine
+}
+
+// ends tell connections apart: the kernel gives a port of a client's again for another of the server's.
+type ends struct {
+	remote netip.AddrPort
+	port   int
 }
 
 var markerIn = regexp.MustCompile(`m=[0-9.n]+`)
 
 func readRecords(logged []nodeLine, trials []trial) records {
 	r := records{
-		lines{map[string]logLine{}, map[netip.AddrPort]logLine{}},
-		lines{map[string]logLine{}, map[netip.AddrPort]logLine{}},
+		lines{map[string]logLine{}, map[ends]logLine{}},
+		lines{map[string]logLine{}, map[ends]logLine{}},
 		map[netip.AddrPort]bool{},
 	}
 	for _, v := range trials {
@@ -127,7 +133,7 @@ func readRecords(logged []nodeLine, trials []trial) records {
 		if l.Kind == "request" {
 			side.requests[markerIn.FindString(l.Path)] = l.logLine
 		} else if remote, ok := address(l.Remote); ok {
-			side.connections[remote] = l.logLine
+			side.connections[ends{remote, l.port()}] = l.logLine
 		}
 	}
 	return r
@@ -147,7 +153,7 @@ func (v trial) unlogged(r records) string {
 	case v.want == forbidden, v.want == answered && v.port == 8080 && (v.parsed || v.from == stranger):
 		l, ok := r.in.requests[v.marker]
 		status := map[verdict]string{forbidden: "403", answered: "200"}[v.want]
-		if !ok || fmt.Sprint(l.Status) != status || l.denied() != (v.want == forbidden) || !l.at(v.port) {
+		if !ok || fmt.Sprint(l.Status) != status || l.denied() != (v.want == forbidden) || l.port() != v.port {
 			return fmt.Sprintf("the callee's line of the request is %+v", l)
 		}
 		return ""
@@ -168,7 +174,7 @@ func (v trial) unlogged(r records) string {
 		return v.connection(r, v.Local)
 	}
 	local, _ := address(v.Local)
-	l, ok := r.out.connections[local]
+	l, ok := r.out.connections[ends{local, v.route.ports[v.port]}]
 	if !ok {
 		return "the caller's Envoy has no line of the connection from " + v.Local
 	}
@@ -181,7 +187,7 @@ func (v trial) connection(r records, from string) string {
 	if !ok {
 		return fmt.Sprintf("the caller's line says that it called from %q", from)
 	}
-	l, ok := r.in.connections[source]
+	l, ok := r.in.connections[ends{source, v.port}]
 	if !ok && v.from == stranger {
 		l, ok = r.translated(source.Addr(), v.port)
 	}
@@ -192,16 +198,16 @@ func (v trial) connection(r records, from string) string {
 	if v.from == stranger {
 		peer = ""
 	}
-	if l.denied() != (v.want != answered) || !l.at(v.port) || v.want == answered && strings.Trim(l.Peer, "-") != peer {
+	if l.denied() != (v.want != answered) || v.want == answered && strings.Trim(l.Peer, "-") != peer {
 		return fmt.Sprintf("the callee's line of the connection is %+v", l)
 	}
 	return ""
 }
 
-// at tells whether a callee's line is about a port.
-func (l logLine) at(port int) bool {
-	a, ok := address(l.Destination)
-	return ok && int(a.Port()) == port
+// port is the one that was called.
+func (l logLine) port() int {
+	a, _ := address(l.Destination)
+	return int(a.Port())
 }
 
 // denied: a request that a rule refused, or a connection whose peer was not let in.

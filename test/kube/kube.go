@@ -16,6 +16,7 @@ import (
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -214,7 +215,8 @@ func Every(ctx context.Context, period, limit time.Duration, what string, ask fu
 	}
 }
 
-// UntilReady waits until a namespace has pods that match, all of them ready. The error tells what keeps one that is not.
+// UntilReady waits until a namespace has all pods that match, and they are ready. The error tells what keeps one that
+// is not.
 func (c *Cluster) UntilReady(ctx context.Context, limit time.Duration, namespace, selector string, show func(string)) error {
 	var waiting string
 	err := Until(ctx, limit, "pods in "+namespace+" to be ready", show, func(ctx context.Context) (bool, string) {
@@ -230,12 +232,47 @@ func (c *Cluster) UntilReady(ctx context.Context, limit time.Duration, namespace
 				waiting = p.Name
 			}
 		}
-		return len(pods) > 0 && ready == len(pods), fmt.Sprintf("%d/%d pods ready %s", ready, len(pods), waiting)
+		if ready < len(pods) || len(pods) == 0 {
+			return false, fmt.Sprintf("%d/%d pods ready %s", ready, len(pods), waiting)
+		}
+		unmade, err := c.unmade(ctx, namespace, selector)
+		if err != nil {
+			return false, err.Error()
+		}
+		return len(unmade) == 0, "no pods yet of " + strings.Join(unmade, ", ")
 	})
 	if err == nil || waiting == "" || ctx.Err() != nil {
 		return err
 	}
 	return fmt.Errorf("%w\n%s", err, c.Explain(ctx, namespace, waiting))
+}
+
+// unmade names the Deployments and DaemonSets with matching pods of which some are still to be made.
+func (c *Cluster) unmade(ctx context.Context, namespace, selector string) (names []string, err error) {
+	want, err := labels.Parse(selector)
+	if err != nil {
+		return nil, fmt.Errorf("read selector: %w", err)
+	}
+	add := func(name string, template map[string]string, observed, generation int64, made, all int32) {
+		if want.Matches(labels.Set(template)) && (observed < generation || made < all) {
+			names = append(names, fmt.Sprintf("%s (%d/%d)", name, made, all))
+		}
+	}
+	deployments, err := c.clients.AppsV1().Deployments(namespace).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("list Deployments in %s: %w", namespace, err)
+	}
+	for _, d := range deployments.Items {
+		add(d.Name, d.Spec.Template.Labels, d.Status.ObservedGeneration, d.Generation, d.Status.UpdatedReplicas, *d.Spec.Replicas)
+	}
+	daemons, err := c.clients.AppsV1().DaemonSets(namespace).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("list DaemonSets in %s: %w", namespace, err)
+	}
+	for _, d := range daemons.Items {
+		add(d.Name, d.Spec.Template.Labels, d.Status.ObservedGeneration, d.Generation, d.Status.UpdatedNumberScheduled, d.Status.DesiredNumberScheduled)
+	}
+	return names, nil
 }
 
 // Explain is what kubectl knows about a pod in trouble: its containers, its events and the end of its logs.

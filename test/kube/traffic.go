@@ -26,6 +26,9 @@ func (c *Cluster) Follow(ctx context.Context, namespace, selector string) (*Traf
 	if err != nil {
 		return nil, err
 	}
+	if len(pods) == 0 {
+		return nil, fmt.Errorf("follow traffic: no pod in %s matches %s", namespace, selector)
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	w := &Traffic{cancel: cancel, last: map[string]map[string]load.Stats{}}
 	for _, p := range pods {

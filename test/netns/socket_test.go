@@ -185,12 +185,18 @@ func (st *stream) unconnect() error {
 	return nil
 }
 
-func (st *stream) close() { unix.Close(st.fd) }
+// close closes once: the number may be another socket's afterwards.
+func (st *stream) close() {
+	if st.fd >= 0 {
+		unix.Close(st.fd)
+		st.fd = -1
+	}
+}
 
 // reset closes without waiting for anything.
 func (st *stream) reset() {
 	_ = unix.SetsockoptLinger(st.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
-	unix.Close(st.fd)
+	st.close()
 }
 
 func (st *stream) local() netip.AddrPort {

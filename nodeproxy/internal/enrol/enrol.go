@@ -95,6 +95,7 @@ const (
 	hearLimit   = time.Second
 	listenPoll  = 2 * time.Millisecond
 	verifyEvery = 5 * time.Second
+	lookAgain   = time.Second
 	workers     = 8
 )
 
@@ -134,9 +135,13 @@ type state struct {
 	// "plaintext" before their workers have it, and what an app without TLS makes of a handshake may be nothing at all. The
 	// listeners stay until their connections have ended.
 	leaving, left time.Time
-	took          time.Duration
-	failure       string
-	reason        string
+	// drifted is what was last found otherwise than it should be, and mended when that was. The pod counts as served again
+	// after another look.
+	drifted []string
+	mended  time.Time
+	took    time.Duration
+	failure string
+	reason  string
 }
 
 // New makes an Enroller; Run turns it.
@@ -309,6 +314,8 @@ func (e *Enroller) reconcile(ctx context.Context, uid string) (again time.Durati
 		again = 100 * time.Millisecond
 	case !s.leaving.IsZero(): // what lingers may do so for minutes
 		again = time.Second
+	case err == nil && e.unsure(s) > 0:
+		again = e.unsure(s)
 	case err == nil && e.early(s) > 0:
 		again = e.early(s)
 	}

@@ -362,9 +362,12 @@ func TestDriftIsRepaired(t *testing.T) {
 			drift(w)
 			lost := w.lost
 			turn(t, e)
-			w.inOrder(t, "report PREPARING", "kernel enrols", "flip to 0", "mode strict=true", "capture in=true out=true", "report ENFORCED")
+			w.inOrder(t, "report PREPARING", "kernel enrols", "flip to 0", "mode strict=true", "capture in=true out=true")
 			if r := w.reports[0]; r.Reason != "Drift" || !strings.HasPrefix(r.Message, "being repaired: ") {
 				t.Errorf("reported %v while it was repaired", r)
+			}
+			if r := w.report(t); r.Reason != "Drift" || !strings.HasPrefix(r.Message, "repaired, ") {
+				t.Errorf("reported %v right after the repair", r)
 			}
 			if lost {
 				w.inOrder(t, "Envoy loses in/", "Envoy acknowledges in/", "Envoy gets in/", "flip to 0")
@@ -375,8 +378,12 @@ func TestDriftIsRepaired(t *testing.T) {
 				t.Errorf("the kernel holds %+v", s)
 			}
 			w.clear()
+			w.now = w.now.Add(lookAgain)
 			turn(t, e)
 			w.never(t, "kernel enrols")
+			if r := w.report(t); r.State != meshv1.PodState_POD_STATE_ENFORCED || r.Reason != "" {
+				t.Errorf("reported %v after another look", r)
+			}
 		})
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"time"
 
 	listener "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 
@@ -50,6 +51,7 @@ func (e *Enroller) repair(ctx context.Context, s *state, live bool) error {
 	if len(why) == 0 {
 		return nil
 	}
+	s.drifted, s.mended = why, e.now()
 	e.config.Log.Warn("drift is repaired", "pod", s.pod.UID, "drift", why)
 	e.config.Report(&meshv1.PodReport{Uid: s.pod.UID, Sandbox: s.pod.Sandbox, State: meshv1.PodState_POD_STATE_PREPARING, Reason: "Drift",
 		Message: "being repaired: " + strings.Join(why, "; ")})
@@ -68,6 +70,15 @@ func (e *Enroller) repair(ctx context.Context, s *state, live bool) error {
 		return fmt.Errorf("set mode: %w", err)
 	}
 	return e.config.Kernel.Capture(s.pod.UID, true, true)
+}
+
+// unsure is how long a pod that was repaired still does not count as served: who reads conditions sees that there was
+// something, and what takes it away again and again does not make them flap.
+func (e *Enroller) unsure(s *state) time.Duration {
+	if s.mended.IsZero() {
+		return 0
+	}
+	return s.mended.Add(lookAgain).Sub(e.now())
 }
 
 // wrong lists what is to be repaired. An Envoy that has just come back may be about to listen.

@@ -21,6 +21,9 @@ func (e *Enroller) report(s *state, wish *meshv1.LocalPod) (left bool) {
 	if err == nil && s.complete {
 		drift = s.drift(now)
 	}
+	if len(drift) == 0 && e.unsure(s) > 0 {
+		drift = []string{"repaired, to be looked at once more: " + strings.Join(s.drifted, "; ")}
+	}
 	serves := err == nil && now.Captured() && len(drift) == 0
 	switch {
 	case err == nil && now.Inbound && !s.leaving.IsZero() && s.failure == "":
