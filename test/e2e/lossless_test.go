@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -181,6 +182,9 @@ func TestCycles(t *testing.T) {
 				look := i%4 == 0 // a window takes longer than a cycle
 				for _, in := range []bool{true, false} {
 					s.label(v.toggled, in)
+					if i == 0 && in && v.toggled != callees {
+						s.counted("app=load")
+					}
 					if look {
 						run.add(t, s.window(in, 200), !in && v.toggled != callers)
 					} else {
@@ -202,6 +206,20 @@ func TestCycles(t *testing.T) {
 	total.report(t)
 	if sum := s.lossless(); *cycles >= 100 && (sum.Requests < 200_000 || sum.Connections < 5_000) {
 		t.Errorf("only %d requests and %d connections, want 200,000 and 5,000", sum.Requests, sum.Connections)
+	}
+}
+
+// counted: the condition of pods that were enrolled under load names the connections that they had.
+func (s shop) counted(selector string) {
+	s.Helper()
+	pods, err := k8s.Pods(s.Context(), "shop", selector)
+	if err != nil {
+		s.Fatal(err)
+	}
+	for _, p := range pods {
+		if said := p.Conditions[enrolled].Message; !regexp.MustCompile(`connections from before that, .*: [1-9]`).MatchString(said) {
+			s.Errorf("%s: Enrolled says %q, want the number of connections that are older", p.Name, said)
+		}
 	}
 }
 

@@ -1908,7 +1908,7 @@ type PodReport struct {
 	InboundPolicy string `protobuf:"bytes,7,opt,name=inbound_policy,json=inboundPolicy,proto3" json:"inbound_policy,omitempty"`
 	// The pod ran before it was enrolled, or nothing could hold it.
 	StartedUnheld bool `protobuf:"varint,8,opt,name=started_unheld,json=startedUnheld,proto3" json:"started_unheld,omitempty"`
-	// Connections older than the enrolment that still live.
+	// Connections that the pod had when it was captured first.
 	PreexistingConnections uint32 `protobuf:"varint,9,opt,name=preexisting_connections,json=preexistingConnections,proto3" json:"preexisting_connections,omitempty"`
 	// How long the last change took at the node.
 	Took *durationpb.Duration `protobuf:"bytes,10,opt,name=took,proto3" json:"took,omitempty"`

@@ -96,7 +96,7 @@ func reported(target *ir.Pod, r *meshv1.PodReport) []metav1.Condition {
 			reason, said = "StartedUnheld", said+"; nothing held the pod before that"
 		}
 		if n := r.PreexistingConnections; n > 0 {
-			said += fmt.Sprintf("; %d connections are older and stay as they are", n)
+			said += fmt.Sprintf("; connections from before that, which stay as they are: %d", n)
 		}
 		return []metav1.Condition{condition(names.ConditionEnrolled, metav1.ConditionTrue, reason, said, 0), enforced(target, r)}
 	case meshv1.PodState_POD_STATE_FAILED:

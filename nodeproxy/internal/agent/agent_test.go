@@ -398,7 +398,7 @@ func TestSocketIsEnvoysAlone(t *testing.T) {
 func TestRefusedProbesShow(t *testing.T) {
 	for want, cause := range map[float64]error{0: nil, 1: redirect.ErrKubeletShared} {
 		registry := prometheus.NewRegistry()
-		registry.MustRegister(&collector{&agent{kernel: &fakeKernel{probes: cause}}})
+		registry.MustRegister(&collector{&agent{kernel: &fakeKernel{probes: cause}, reporter: report.New(report.Config{})}})
 		families, err := registry.Gather()
 		if err != nil {
 			t.Fatal(err)

@@ -286,14 +286,15 @@ func overlay(node string) func(relay.Key, *anypb.Any) *anypb.Any {
 type collector struct{ agent *agent }
 
 var (
-	hookEvents = prometheus.NewDesc("weft_redirect_events_total", "What the hooks did, by kind.", []string{"kind"}, nil)
-	proxyUp    = prometheus.NewDesc("weft_proxy_up", "1 while Envoy serves.", nil, nil)
-	proxyDied  = prometheus.NewDesc("weft_proxy_restarts_total", "Restarts of Envoy since its supervisor started.", nil, nil)
-	noProbes   = prometheus.NewDesc("weft_probes_refused", "1 while kubelet's probes do not pass Strict pods, for its cgroup is not its own or not there.", nil, nil)
+	hookEvents  = prometheus.NewDesc("weft_redirect_events_total", "What the hooks did, by kind.", []string{"kind"}, nil)
+	proxyUp     = prometheus.NewDesc("weft_proxy_up", "1 while Envoy serves.", nil, nil)
+	proxyDied   = prometheus.NewDesc("weft_proxy_restarts_total", "Restarts of Envoy since its supervisor started.", nil, nil)
+	noProbes    = prometheus.NewDesc("weft_probes_refused", "1 while kubelet's probes do not pass Strict pods, for its cgroup is not its own or not there.", nil, nil)
+	preexisting = prometheus.NewDesc("weft_preexisting_connections", "Connections that the node's pods had when they were captured first: these stay outside the mesh until they end.", nil, nil)
 )
 
 func (c *collector) Describe(out chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{hookEvents, proxyUp, proxyDied, noProbes} {
+	for _, d := range []*prometheus.Desc{hookEvents, proxyUp, proxyDied, noProbes, preexisting} {
 		out <- d
 	}
 }
@@ -315,6 +316,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		refused = 1
 	}
 	out <- prometheus.MustNewConstMetric(noProbes, prometheus.GaugeValue, refused)
+	out <- prometheus.MustNewConstMetric(preexisting, prometheus.GaugeValue, float64(c.agent.reporter.Preexisting()))
 	if s := c.agent.proxy.Load(); s != nil {
 		out <- prometheus.MustNewConstMetric(proxyDied, prometheus.CounterValue, float64(s.Restarts))
 	}

@@ -83,12 +83,8 @@ func inspect() error {
 			return &Refusal{"PodForwards", fmt.Errorf("the pod forwards packets between %d interfaces (net.ipv4.ip_forward=1): what it forwards could not be judged", len(up))}
 		}
 	}
-	for _, file := range []string{"/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"} {
-		b, err := os.ReadFile(file)
-		if err != nil {
-			continue
-		}
-		if port := listeningInRange(string(b)); port != 0 {
+	for _, table := range tables() {
+		if port := listeningInRange(table); port != 0 {
 			return &Refusal{"PortInUse", fmt.Errorf("the pod listens on port %d; ports %d to %d are Envoy's in an enrolled pod: let the app use another", port, names.PortFirst, names.PortLast)}
 		}
 	}
@@ -109,6 +105,46 @@ func listeningInRange(table string) int {
 		}
 	}
 	return 0
+}
+
+// tables are what /proc/net/tcp and tcp6 say in the calling thread's network namespace.
+func tables() (all []string) {
+	for _, file := range []string{"/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"} {
+		if b, err := os.ReadFile(file); err == nil { // a kernel without IPv6 has no tcp6
+			all = append(all, string(b))
+		}
+	}
+	return all
+}
+
+// countEstablished counts the connections of the network namespace at a path that lead out of it.
+func countEstablished(path string) (count uint32, err error) {
+	err = inside(path, func() error {
+		for _, table := range tables() {
+			count += establishedIn(table)
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("count connections: %w", err)
+	}
+	return count, nil
+}
+
+// establishedIn counts the established connections (state 01) between different addresses in /proc/net/tcp's text.
+func establishedIn(table string) (count uint32) {
+	for line := range strings.Lines(table) {
+		f := strings.Fields(line)
+		if len(f) < 4 || f[3] != "01" {
+			continue
+		}
+		local, _, _ := strings.Cut(f[1], ":")
+		remote, _, _ := strings.Cut(f[2], ":")
+		if local != remote {
+			count++
+		}
+	}
+	return count
 }
 
 // inside runs f on a thread in a network namespace; the thread ends with it.

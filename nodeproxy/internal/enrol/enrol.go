@@ -90,13 +90,15 @@ type Config struct {
 
 // Limits of waiting for one step, and the time between two looks at the kernel.
 const (
-	stepLimit   = 15 * time.Second
-	adoptLimit  = time.Second
-	hearLimit   = time.Second
-	listenPoll  = 2 * time.Millisecond
-	verifyEvery = 5 * time.Second
-	lookAgain   = time.Second
-	workers     = 8
+	stepLimit  = 15 * time.Second
+	adoptLimit = time.Second
+	// identityLimit is for an SVID; asking again begins after it.
+	identityLimit = 3 * time.Second
+	hearLimit     = time.Second
+	listenPoll    = 2 * time.Millisecond
+	verifyEvery   = 5 * time.Second
+	lookAgain     = time.Second
+	workers       = 8
 )
 
 // Enroller turns pods.
@@ -104,8 +106,10 @@ type Enroller struct {
 	config Config
 	// inspect refuses a pod for what its network namespace holds.
 	inspect func(netnsPath string) error
-	now     func() time.Time
-	queue   workqueue.TypedRateLimitingInterface[string]
+	// count tells how many connections a pod has.
+	count func(netnsPath string) (uint32, error)
+	now   func() time.Time
+	queue workqueue.TypedRateLimitingInterface[string]
 
 	mu   sync.Mutex
 	pods map[string]*state
@@ -135,6 +139,8 @@ type state struct {
 	// "plaintext" before their workers have it, and what an app without TLS makes of a handshake may be nothing at all. The
 	// listeners stay until their connections have ended.
 	leaving, left time.Time
+	// older counts the connections from before the pod was captured first: they stay as they are.
+	older uint32
 	// drifted is what was last found otherwise than it should be, and mended when that was. The pod counts as served again
 	// after another look.
 	drifted []string
@@ -147,7 +153,7 @@ type state struct {
 // New makes an Enroller; Run turns it.
 func New(c Config) *Enroller {
 	return &Enroller{
-		config: c, inspect: inspectNetns, now: time.Now, pods: map[string]*state{}, rules: map[string]lds.RuleSecret{},
+		config: c, inspect: inspectNetns, count: countEstablished, now: time.Now, pods: map[string]*state{}, rules: map[string]lds.RuleSecret{},
 		queue: workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](200*time.Millisecond, 10*time.Second)),
 	}
 }

@@ -30,7 +30,7 @@ func TestCaptureComesAfterListeners(t *testing.T) {
 	w.inOrder(t, "report PREPARING", "SVID", "kernel enrols", "Envoy gets in/", "Envoy acknowledges in/", "kernel lists listeners", "flip to 0",
 		"mode strict=false", "capture in=true out=false", "capture in=true out=true", "report CAPTURED")
 	w.inOrder(t, "Envoy acknowledges out/", "kernel lists listeners")
-	if r := w.report(t); r.Sandbox != "sandbox-one-0001" || !r.StartedUnheld || r.InboundPolicy != "" {
+	if r := w.report(t); r.Sandbox != "sandbox-one-0001" || !r.StartedUnheld || r.InboundPolicy != "" || r.PreexistingConnections != 3 {
 		t.Errorf("reported %v", r)
 	}
 	w.clear()
@@ -529,5 +529,20 @@ func TestListeningInRange(t *testing.T) {
 		if got := listeningInRange(c.table); got != c.want {
 			t.Errorf("%s: %d, want %d", name, got, c.want)
 		}
+	}
+}
+
+func TestEstablishedIn(t *testing.T) {
+	const table = `  sl  local_address rem_address   st
+   0: 0100007F:3A99 0100007F:1F90 01
+   1: 0B01F40A:1F90 00000000:0000 0A
+   2: 0B01F40A:1F90 0C02F40A:C001 01
+   3: 0B01F40A:C002 0160600A:0050 01
+   4: 0B01F40A:C003 0160600A:0050 06
+x
+   5: 0000000000000000FFFF00000B01F40A:1F90 0000000000000000FFFF00000C02F40A:C004 01
+`
+	if got := establishedIn(table); got != 3 {
+		t.Errorf("%d connections, want 3", got)
 	}
 }

@@ -96,6 +96,7 @@ func (w *world) enroller() *Enroller {
 	})
 	e.now = func() time.Time { return w.now }
 	e.inspect = func(string) error { return w.event("inspect") }
+	e.count = func(string) (uint32, error) { return 3, w.event("count") }
 	return e
 }
 

@@ -11,7 +11,7 @@ import (
 
 // report says what the kernel holds; left: the pod is out and nothing of it is left.
 func (e *Enroller) report(s *state, wish *meshv1.LocalPod) (left bool) {
-	r := &meshv1.PodReport{Uid: s.pod.UID, Sandbox: s.pod.Sandbox, StartedUnheld: s.pod.Unheld, Reason: s.reason, Message: s.failure}
+	r := &meshv1.PodReport{Uid: s.pod.UID, Sandbox: s.pod.Sandbox, StartedUnheld: s.pod.Unheld, PreexistingConnections: s.older, Reason: s.reason, Message: s.failure}
 	e.reportPolicy(s, wish, r)
 	if s.took > 0 {
 		r.Took = durationpb.New(s.took)

@@ -62,9 +62,12 @@ func (e *Enroller) capture(ctx context.Context, s *state, wish *meshv1.LocalPod)
 			return err
 		}
 	}
-	if !held { // else it is Envoy that listens there
+	if !held { // else it is Envoy that listens there, and that has connections
 		if err := e.check(s.pod, wish); err != nil {
 			return err
+		}
+		if s.older, err = e.count(s.pod.NetnsPath); err != nil {
+			return refuse(err)
 		}
 	}
 	if !live {
@@ -123,13 +126,15 @@ func (e *Enroller) open(ctx context.Context, s *state, wish *meshv1.LocalPod, ad
 	return e.change(ctx, s, wish, wished(s, wish, nil))
 }
 
-// identify makes sure of the pod's SVID. A pod that is captured does not wait for it: the controller may be away.
+// identify makes sure of the pod's SVID. The controller may be away: a pod that is captured hardly waits, and another not
+// for so long that it keeps a worker from the pods that are in.
 func (e *Enroller) identify(ctx context.Context, s *state, wish *meshv1.LocalPod, adopted bool) error {
+	limit := identityLimit
 	if adopted {
-		limited, cancel := context.WithTimeout(ctx, adoptLimit)
-		defer cancel()
-		ctx = limited
+		limit = adoptLimit
 	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
 	id, err := e.config.Identities.Use(ctx, s.account, s.pod.UID)
 	switch {
 	case err != nil && adopted:

@@ -52,6 +52,16 @@ func (r *Reporter) Pod(p *meshv1.PodReport) {
 	r.rouse()
 }
 
+// Preexisting sums the connections that the node's pods had when they were captured first.
+func (r *Reporter) Preexisting() (sum uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, p := range r.pods {
+		sum += uint64(p.PreexistingConnections)
+	}
+	return sum
+}
+
 // Health changes what the node says of itself.
 func (r *Reporter) Health(change func(*meshv1.NodeHealth)) {
 	r.mu.Lock()
