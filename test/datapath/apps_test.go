@@ -46,6 +46,13 @@ func (c counting) Accept() (net.Conn, error) {
 	return conn, err
 }
 
+func (s served) total() (n int64) {
+	for _, count := range s {
+		n += count.Load()
+	}
+	return n
+}
+
 // serve runs all apps in a pod: HTTP/1, HTTP/2 with prior knowledge, gRPC, TLS, an echo, a
 // server that closes its half first, and one that speaks first.
 func serve(t *testing.T, pod *lab.Pod) served {

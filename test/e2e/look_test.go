@@ -4,12 +4,8 @@ package e2e
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -157,20 +153,11 @@ func (f *followed) since(first int) ([]nodeLine, int) {
 // admin asks a node's Envoy by its admin socket, which only the node's root reaches.
 func admin(t *testing.T, node, path string) string {
 	t.Helper()
-	c := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, "unix", fmt.Sprintf("/proc/%d/root/run/weft/envoy/admin.sock", machine(t, node).PID))
-	}}}
-	answer, err := c.Get("http://envoy" + path)
+	out, err := k8s.Admin(t.Context(), node, path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer answer.Body.Close()
-	out, err := io.ReadAll(answer.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(out)
+	return out
 }
 
 // machine is a node as the test's host sees it.
