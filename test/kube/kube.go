@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/client-go/kubernetes"
@@ -235,7 +236,7 @@ func (c *Cluster) UntilReady(ctx context.Context, limit time.Duration, namespace
 		if ready < len(pods) || len(pods) == 0 {
 			return false, fmt.Sprintf("%d/%d pods ready %s", ready, len(pods), waiting)
 		}
-		unmade, err := c.unmade(ctx, namespace, selector)
+		unmade, err := c.unmade(ctx, namespace, selector, pods)
 		if err != nil {
 			return false, err.Error()
 		}
@@ -247,15 +248,25 @@ func (c *Cluster) UntilReady(ctx context.Context, limit time.Duration, namespace
 	return fmt.Errorf("%w\n%s", err, c.Explain(ctx, namespace, waiting))
 }
 
-// unmade names the Deployments and DaemonSets with matching pods of which some are still to be made.
-func (c *Cluster) unmade(ctx context.Context, namespace, selector string) (names []string, err error) {
+// unmade names the Deployments and DaemonSets whose pods match and of which some are not among the pods that there are.
+func (c *Cluster) unmade(ctx context.Context, namespace, selector string, pods []Pod) (names []string, err error) {
 	want, err := labels.Parse(selector)
 	if err != nil {
 		return nil, fmt.Errorf("read selector: %w", err)
 	}
-	add := func(name string, template map[string]string, observed, generation int64, made, all int32) {
-		if want.Matches(labels.Set(template)) && (observed < generation || made < all) {
-			names = append(names, fmt.Sprintf("%s (%d/%d)", name, made, all))
+	add := func(o metav1.ObjectMeta, template map[string]string, own *metav1.LabelSelector, observed int64, all, updated int32) {
+		if !want.Matches(labels.Set(template)) {
+			return
+		}
+		mine, err := metav1.LabelSelectorAsSelector(own)
+		made := int32(0)
+		for _, p := range pods {
+			if err == nil && mine.Matches(labels.Set(p.Labels)) {
+				made++
+			}
+		}
+		if made = min(made, updated); observed < o.Generation || made < all {
+			names = append(names, fmt.Sprintf("%s (%d/%d)", o.Name, made, all))
 		}
 	}
 	deployments, err := c.clients.AppsV1().Deployments(namespace).List(ctx, metav1.ListOptions{})
@@ -263,14 +274,18 @@ func (c *Cluster) unmade(ctx context.Context, namespace, selector string) (names
 		return nil, fmt.Errorf("list Deployments in %s: %w", namespace, err)
 	}
 	for _, d := range deployments.Items {
-		add(d.Name, d.Spec.Template.Labels, d.Status.ObservedGeneration, d.Generation, d.Status.UpdatedReplicas, *d.Spec.Replicas)
+		add(d.ObjectMeta, d.Spec.Template.Labels, d.Spec.Selector, d.Status.ObservedGeneration, *d.Spec.Replicas, d.Status.UpdatedReplicas)
 	}
 	daemons, err := c.clients.AppsV1().DaemonSets(namespace).List(ctx, metav1.ListOptions{})
 	if err != nil {
 		return nil, fmt.Errorf("list DaemonSets in %s: %w", namespace, err)
 	}
 	for _, d := range daemons.Items {
-		add(d.Name, d.Spec.Template.Labels, d.Status.ObservedGeneration, d.Generation, d.Status.UpdatedNumberScheduled, d.Status.DesiredNumberScheduled)
+		updated := d.Status.UpdatedNumberScheduled
+		if d.Spec.UpdateStrategy.Type == appsv1.OnDeleteDaemonSetStrategyType {
+			updated = d.Status.DesiredNumberScheduled // whoever deletes the old ones
+		}
+		add(d.ObjectMeta, d.Spec.Template.Labels, d.Spec.Selector, d.Status.ObservedGeneration, d.Status.DesiredNumberScheduled, updated)
 	}
 	return names, nil
 }

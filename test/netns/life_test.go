@@ -156,6 +156,9 @@ func lifeFlip(t *testing.T) {
 	// Load while the generations change places: every connection reaches one of them.
 	stop := make(chan struct{})
 	var load sync.WaitGroup
+	defer load.Wait()
+	end := sync.OnceFunc(func() { close(stop) })
+	defer end()
 	for _, c := range []struct {
 		from *pod
 		to   string
@@ -189,7 +192,7 @@ func lifeFlip(t *testing.T) {
 			t.Fatalf("flipped to %d: generation %d accepts what others dial, %v", generation, g.Generation, err)
 		}
 	}
-	close(stop)
+	end()
 	load.Wait()
 	w.ok(w.redirect.Flip(p.uid, 1))
 	kept, _ := p.reaches(t, serviceIPv4)
@@ -222,6 +225,9 @@ func lifeUnderLoad(t *testing.T) {
 
 	stop := make(chan struct{})
 	var load sync.WaitGroup
+	defer load.Wait()
+	end := sync.OnceFunc(func() { close(stop) })
+	defer end()
 	var mu sync.Mutex
 	served := map[string]int{}
 	for _, c := range []struct {
@@ -294,7 +300,7 @@ func lifeUnderLoad(t *testing.T) {
 			w.withdrawn(p)
 		}
 	}
-	close(stop)
+	end()
 	load.Wait()
 }
 

@@ -60,11 +60,12 @@ func fullHandovers(t *testing.T) {
 		})
 	}
 	waiting[0].reset()
-	st, err := p.hanging(serviceIPv6)
-	if err != nil {
-		t.Fatal("after one left:", err)
-	}
-	defer st.close()
+	var next *stream
+	eventually(t, "after one left", func() (err error) {
+		next, err = p.hanging(serviceIPv6)
+		return err
+	})
+	defer next.close()
 	w.envoy.must(order{Do: "accept", Netns: p.path, Port: names.PortOutHTTP})
 	for _, st := range waiting[1:] {
 		if err := errors.Join(st.waitConnected(), unix.SetNonblock(st.fd, false)); err != nil {
@@ -438,10 +439,11 @@ func untouched(t *testing.T, w *world, p *pod) {
 	if _, err := w.redirect.Verify(p.uid); !errors.Is(err, redirect.ErrUnknownPod) {
 		t.Errorf("verify: %v", err)
 	}
-	st, err := p.socket(unix.AF_INET6, 0, bound("[::]:15006"))
-	if err != nil {
-		t.Error("bind a proxy port:", err)
-		return
-	}
-	st.close()
+	eventually(t, "bind a proxy port", func() error {
+		st, err := p.socket(unix.AF_INET6, 0, bound("[::]:15006"))
+		if err == nil {
+			st.close()
+		}
+		return err
+	})
 }

@@ -66,6 +66,11 @@ func (a *agent) record(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
+			select {
+			case <-a.dirty:
+				a.save(indexFile)
+			default:
+			}
 			return
 		case <-a.dirty:
 		}

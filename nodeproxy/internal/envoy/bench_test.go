@@ -33,7 +33,7 @@ const (
 	// testUID is Envoy's user and group in these tests.
 	testUID = 15001
 	// patience is ten times what Envoy's return may take.
-	patience = 10 * time.Second
+	patience = time.Minute
 )
 
 // binary is a copy of Envoy as an image has it: executable for everyone, readable for nobody.

@@ -106,6 +106,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listen for the agent: %w", err)
 	}
+	defer l.Close() // which removes its file, and not that of the next supervisor
 	if err := os.Chmod(socket, 0o600); err != nil {
 		return fmt.Errorf("protect %s: %w", socket, err)
 	}
@@ -199,7 +200,7 @@ func (s *Supervisor) once(ctx context.Context) string {
 	ended := make(chan struct{})
 	alive, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	go s.awaitReady(alive)
+	go s.awaitReady(alive, cmd.Process.Pid)
 	go func() {
 		select {
 		case <-ended:
@@ -277,12 +278,12 @@ func (s *Supervisor) forward(out io.Reader) {
 // admin is a client of Envoy's admin socket.
 func (s *Supervisor) admin() *http.Client {
 	path := filepath.Join(s.config.envoyFolder(), adminSocket)
-	return &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	return &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", path)
 	}}}
 }
 
-func (s *Supervisor) awaitReady(ctx context.Context) {
+func (s *Supervisor) awaitReady(ctx context.Context, pid int) {
 	client := s.admin()
 	tick := time.NewTicker(readyPoll)
 	defer tick.Stop()
@@ -299,7 +300,7 @@ func (s *Supervisor) awaitReady(ctx context.Context) {
 		_ = r.Body.Close()
 		if r.StatusCode == http.StatusOK {
 			s.config.Log.Info("Envoy is live")
-			s.board.set(func(st *State) { st.Live = true })
+			s.board.set(func(st *State) { st.Live = st.PID == pid }) // it may have died since
 			return
 		}
 	}

@@ -290,7 +290,7 @@ func meshBackend(t *testing.T, name, id string) backend {
 func service(t *testing.T, backends ...backend) *cluster.Cluster {
 	t.Helper()
 	c := &cluster.Cluster{
-		Name: serviceName, ClusterDiscoveryType: &cluster.Cluster_Type{Type: cluster.Cluster_EDS}, ConnectTimeout: durationpb.New(2 * time.Second),
+		Name: serviceName, ClusterDiscoveryType: &cluster.Cluster_Type{Type: cluster.Cluster_EDS}, ConnectTimeout: durationpb.New(patience),
 		EdsClusterConfig: &cluster.Cluster_EdsClusterConfig{EdsConfig: adsSource()},
 		TransportSocket:  socket(t, backend{peer: "weft:nobody", root: meshBackend(t, "", "weft:nobody").root}),
 	}
@@ -677,6 +677,7 @@ func TestPodsComeAndGo(t *testing.T) {
 		r, c, e := routes(), service(t, a), endpoints(a)
 		r.VirtualHosts[0].Routes[0].GetRoute().ClusterSpecifier = &route.RouteAction_Cluster{Cluster: name}
 		c.Name, e.ClusterName = name, name
+		until(t, "the workers accept", func() bool { return listens(n.port) }, nil)
 		go n.get()
 		n.asked(t, relay.TypeRoute, routeName)
 		n.controller.Send(t, relay.TypeRoute, map[string]proto.Message{routeName: r})

@@ -132,6 +132,9 @@ func (s *stream) request(r *discovery.DeltaDiscoveryRequest) {
 	c := s.cache
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if !c.streams[s] {
+		return // it has ended: nobody would take back what it wishes now
+	}
 	defer s.rouse()
 	if r.ResponseNonce != "" {
 		s.answer(r)

@@ -168,7 +168,7 @@ func TestRefusalIsTriedAgain(t *testing.T) {
 
 // TestRenewal: the new one is there well before the old one ends, for a pod that is there.
 func TestRenewal(t *testing.T) {
-	s, store := newSigner(t, 3*time.Second)
+	s, store := newSigner(t, 8*time.Second)
 	a := Account{"shop", "till"}
 	first, err := store.Use(t.Context(), a, "pod-1")
 	if err != nil {
