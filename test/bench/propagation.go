@@ -292,6 +292,21 @@ func (c *caller) since(started time.Time, done func(string) bool) (time.Time, bo
 	return first, n >= enough
 }
 
+// heard is what the caller was answered last.
+func (c *caller) heard(started time.Time) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	said, n := map[string]int{}, 0
+	for _, a := range slices.Backward(c.answers) {
+		if a.at.Before(started) || n == enough {
+			break
+		}
+		said[a.status]++
+		n++
+	}
+	return fmt.Sprintf("the last %d answers were %v", n, said)
+}
+
 func judged(ctx context.Context, f form, callers []*caller, started time.Time) (time.Duration, error) {
 	var slowest time.Duration
 	for _, c := range callers {
@@ -300,7 +315,7 @@ func judged(ctx context.Context, f form, callers []*caller, started time.Time) (
 			if ok {
 				slowest = max(slowest, first.Sub(started))
 			}
-			return ok, "the old verdict still comes"
+			return ok, c.heard(started)
 		})
 		if err != nil {
 			return 0, err
