@@ -186,6 +186,9 @@ func (b *bench) label(ctx context.Context, name, value string) error {
 	return err
 }
 
+// comer is the one of the eleven pods that enters and leaves.
+const comer = "pod-10"
+
 // after makes a change and measures the time until the object is as it should be.
 func (b *bench) after(ctx context.Context, kind schema.GroupVersionResource, name string, change func() error, so func(*unstructured.Unstructured) bool) (time.Duration, error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
@@ -228,7 +231,6 @@ func condition(o *unstructured.Unstructured, kind string, path ...string) (statu
 }
 
 func (b *bench) enrolment(ctx context.Context) error {
-	const target = "pod-10"
 	is := func(kind, status string) func(*unstructured.Unstructured) bool {
 		return func(o *unstructured.Unstructured) bool {
 			s, _ := condition(o, kind, "status", "conditions")
@@ -237,17 +239,17 @@ func (b *bench) enrolment(ctx context.Context) error {
 	}
 	var in, all, out []float64
 	for range b.runs {
-		took, err := b.after(ctx, podKind, target, func() error { return b.label(ctx, target, "enabled") }, is(enrolled, "True"))
+		took, err := b.after(ctx, podKind, comer, func() error { return b.label(ctx, comer, "enabled") }, is(enrolled, "True"))
 		if err != nil {
 			return err
 		}
 		in = append(in, milliseconds(took))
-		rest, err := b.after(ctx, podKind, target, func() error { return nil }, is(enforced, "True"))
+		rest, err := b.after(ctx, podKind, comer, func() error { return nil }, is(enforced, "True"))
 		if err != nil {
 			return err
 		}
 		all = append(all, milliseconds(took+rest))
-		if took, err = b.after(ctx, podKind, target, func() error { return b.label(ctx, target, "disabled") }, is(enrolled, "False")); err != nil {
+		if took, err = b.after(ctx, podKind, comer, func() error { return b.label(ctx, comer, "disabled") }, is(enrolled, "False")); err != nil {
 			return err
 		}
 		out = append(out, milliseconds(took))

@@ -103,6 +103,10 @@ var changes = []change{
 }
 
 func (b *bench) propagation(ctx context.Context) error {
+	// The pod that comes and goes is no callee: outside the mesh nothing judges what it is asked.
+	if _, err := b.cluster.Kubectl(ctx, "delete", "pod", "-n", namespace, comer); err != nil {
+		return err
+	}
 	if err := b.cluster.Apply(ctx, target); err != nil {
 		return err
 	}
