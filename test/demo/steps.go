@@ -226,6 +226,9 @@ func (d *demo) deny(ctx context.Context) error {
 	if err := d.cluster.Apply(ctx, denyLoad); err != nil {
 		return err
 	}
+	if _, err := d.cluster.Kubectl(ctx, "wait", "-n", "shop", "accesspolicy/no-strangers", "--for=condition=Programmed", "--timeout=60s"); err != nil {
+		return err
+	}
 	err = kube.Until(ctx, 30*time.Second, "403 on every node", d.progress("visitor"), func(context.Context) (bool, string) {
 		refused, pods := 0, w.ByPod()
 		for _, s := range pods {

@@ -20,7 +20,7 @@ import (
 func TestRefusedPods(t *testing.T) {
 	t.Run("a proxy port in use", func(t *testing.T) {
 		// In the mesh from its start it would not get the port.
-		apply(t, podOn("occupant", "n2", "mesh", "weft.dev/mesh: disabled", `args: [serve, "-greet=:15001"]`))
+		apply(t, podOn("occupant", "n2", "mesh", "weft.dev/mesh: disabled", `args: [serve, "-greet=:15001"], readinessProbe: {httpGet: {path: /pod, port: 8080}, periodSeconds: 1}`))
 		if err := k8s.UntilReady(t.Context(), time.Minute, "mesh", "app=occupant", nil); err != nil {
 			t.Fatal(err)
 		}

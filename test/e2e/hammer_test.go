@@ -80,10 +80,14 @@ func TestHammer(t *testing.T) {
 	started := time.Now()
 	hammer(t)
 	took := time.Since(started).Round(time.Second)
+	before := map[*watch]int{}
+	for _, w := range watches {
+		before[w] = w.count()
+	}
 	// Each caller has seen the last form, too.
 	until(t, time.Minute, "calls of everybody", func() (bool, string) {
 		for _, w := range watches {
-			if n := w.count(); n < 100 {
+			if n := w.count() - before[w]; n < 100 {
 				return false, fmt.Sprintf("%s: %d calls", w.name, n)
 			}
 		}
@@ -141,6 +145,9 @@ func (w *watch) run(ctx context.Context) {
 		for l := range strings.Lines(out) {
 			if !strings.HasSuffix(l, "\n") {
 				break // the end of the test cut it
+			}
+			if strings.Contains(l, ": lookup ") {
+				continue // the name server did not answer: nothing was called
 			}
 			w.tried++
 			if strings.HasPrefix(l, "200 ") != w.let {

@@ -56,11 +56,14 @@ func hold(t *testing.T, from caller, at placement, address string) *held {
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		if h.ended.IsZero() {
-			h.ended, h.how = time.Now(), "the caller is gone"
+			h.ended, h.how = time.Now(), gone
 		}
 	}()
 	return h
 }
+
+// gone: what held the connection ended, and did not say how the connection did.
+const gone = "the caller is gone"
 
 // state is how many lines came back, and how the connection ended; empty: it lives.
 func (h *held) state() (lines int, ended time.Time, how string) {
@@ -113,7 +116,7 @@ func cuts(t *testing.T, all []*held, unwanted caller, kind, name, manifest strin
 		t.Error(err)
 	}
 	// What the callers print takes a moment to get here.
-	if err := kube.Until(t.Context(), time.Second, "the ends of the connections", nil, func(context.Context) (bool, string) {
+	if err := kube.Until(t.Context(), 3*time.Second, "the ends of the connections", nil, func(context.Context) (bool, string) {
 		return len(alive()) == 0, ""
 	}); err != nil {
 		t.Errorf("%s %s is Programmed while connections that it does not allow live on: %v", kind, name, alive())
@@ -121,6 +124,9 @@ func cuts(t *testing.T, all []*held, unwanted caller, kind, name, manifest strin
 	until(t, time.Minute, "the connections to end", func() (bool, string) { return len(alive()) == 0, fmt.Sprint(alive()) })
 	for _, h := range all {
 		if _, ended, how := h.state(); h.caller == unwanted {
+			if how == gone {
+				t.Errorf("%s: %s: nobody knows when the connection ended", h.name, how)
+			}
 			t.Logf("%s: cut after %v: %s", h.name, ended.Sub(applied).Round(10*time.Millisecond), how)
 			if ended.Sub(applied) > cutAfter {
 				t.Errorf("%s: lived on for %v, want at most %v", h.name, ended.Sub(applied), cutAfter)
@@ -178,6 +184,11 @@ func TestStrictCuts(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	// What the test before this one set is over when this is programmed.
+	if err := k8s.Apply(t.Context(), strings.ReplaceAll(strictMesh, "Strict", "Permissive")); err != nil {
+		t.Fatal(err)
+	}
+	programmed(t, "authenticationpolicy", "strict")
 	all := holdAll(t, client, stranger)
 	cuts(t, all, stranger, "authenticationpolicy", "strict", strictMesh)
 	liveOn(t, all, client)

@@ -123,7 +123,8 @@ func TestServices(t *testing.T) {
 			for _, o := range other.ask(t, "n1", repeat(call{URL: "http://spread.mesh/pod"}, 40)...) {
 				seen[o.Body+o.Error]++
 			}
-			return len(seen) == 2, fmt.Sprint(seen)
+			n1, n2 := pod(t, "mesh", "client", "n1").Name, pod(t, "mesh", "client", "n2").Name
+			return len(seen) == 2 && seen[n1] > 0 && seen[n2] > 0, fmt.Sprint(seen)
 		})
 	})
 }

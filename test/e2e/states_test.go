@@ -38,12 +38,14 @@ func (s shop) window(mesh bool, n uint64) window {
 		opened := now.At.Add(-time.Duration(now.Oldest * float64(time.Second)))
 		return now.At.After(reached) && (!renews(target) || opened.After(reached)), fmt.Sprintf("one is %.1f s old", now.Oldest)
 	})
+	s.fresh() // the pods' lines come at different times
 	from := s.traffic.ByPod()
 	s.await("requests of every client", func(pod, target string, now load.Stats) (bool, string) {
 		passed := now.Requests - from[pod][target].Requests
 		return passed >= 20 || !renews(target), fmt.Sprintf("%d requests", passed)
 	})
 	s.dwell(n)
+	s.fresh()
 	w := window{mesh: mesh, stats: map[string]map[string]load.Stats{}}
 	for pod, targets := range s.traffic.ByPod() {
 		w.stats[pod] = map[string]load.Stats{}

@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"log"
+	"net"
 	"os"
 	"os/signal"
 	"syscall"
@@ -29,18 +30,42 @@ func main() {
 		}
 		return
 	}
+	// A pod is ready a moment before its Service leads to it.
+	accepted := func(context.Context, []load.Target) error { return nil }
 	start := make(chan os.Signal, 1)
 	if *held {
 		signal.Notify(start, syscall.SIGUSR1)
 	} else {
+		accepted = awaitAccepted
 		close(start)
 	}
-	if err := run(start, *targets, *every, *last, *timeout); err != nil {
+	if err := run(start, accepted, *targets, *every, *last, *timeout); err != nil {
 		log.Fatal(err)
 	}
 }
 
-func run(start <-chan os.Signal, targets string, every, last, timeout time.Duration) error {
+// awaitAccepted waits until every target accepts a connection: the load begins after that.
+func awaitAccepted(ctx context.Context, targets []load.Target) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for _, t := range targets {
+		for {
+			c, err := (&net.Dialer{}).DialContext(ctx, "tcp", t.Address)
+			if err == nil {
+				_ = c.Close()
+				break
+			}
+			select {
+			case <-ctx.Done():
+				return fmt.Errorf("wait for %s to accept: %w", t.Address, err)
+			case <-time.After(100 * time.Millisecond):
+			}
+		}
+	}
+	return nil
+}
+
+func run(start <-chan os.Signal, accepted func(context.Context, []load.Target) error, targets string, every, last, timeout time.Duration) error {
 	text := []byte(targets)
 	if len(text) > 0 && text[0] == '@' {
 		var err error
@@ -62,6 +87,9 @@ func run(start <-chan os.Signal, targets string, every, last, timeout time.Durat
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, last)
 		defer cancel()
+	}
+	if err := accepted(ctx, c.Targets); err != nil && ctx.Err() == nil {
+		return err
 	}
 	done := make(chan struct{})
 	go func() {
