@@ -137,7 +137,7 @@ func awaitDetached(to target, program *ebpf.Program) error {
 		return fmt.Errorf("read program: %w", err)
 	}
 	id, _ := info.ID()
-	const limit = 10 * time.Second
+	const limit = 3 * time.Second
 	for deadline := time.Now().Add(limit); ; time.Sleep(time.Millisecond) {
 		attached, err := link.QueryPrograms(link.QueryOptions{Target: int(to.file.Fd()), Attach: to.attach})
 		if errors.Is(err, unix.ENOSPC) && time.Now().Before(deadline) {

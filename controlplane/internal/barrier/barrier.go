@@ -7,6 +7,7 @@ import (
 	"maps"
 
 	meshv1 "github.com/weftmesh/weft/api/mesh/v1"
+	"github.com/weftmesh/weft/api/names"
 	"github.com/weftmesh/weft/controlplane/internal/ir"
 	"github.com/weftmesh/weft/controlplane/internal/resolve"
 )
@@ -165,7 +166,7 @@ func (p *pod) step(goal ir.Stage, r *meshv1.PodReport, answered uint64) {
 		p.Moved = p.Policy
 	}
 	if goal == ir.Out {
-		if p.Stage == ir.Enforced && r.GetState() == meshv1.PodState_POD_STATE_CAPTURED && r.GetReason() == "" {
+		if p.Stage == ir.Enforced && r.GetState() == meshv1.PodState_POD_STATE_CAPTURED && (r.GetReason() == "" || r.GetReason() == names.ReasonDrift) {
 			return // the node may be about to enforce: this is no answer to an order to stop it
 		}
 		p.Lost, p.enforced = false, false

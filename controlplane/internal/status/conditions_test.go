@@ -282,6 +282,7 @@ func TestPodConditions(t *testing.T) {
 		away   bool
 		want   string
 	}{
+		{"repaired a moment ago", ir.Enforced, with(enforced, func(r *meshv1.PodReport) { r.Reason, r.Message = "Drift", "repaired" }), "n1", nil, false, "weft.dev/Enrolled=False/Pending weft.dev/Enforced=False/Pending repaired"},
 		{"started unheld", ir.Enforced, with(enforced, func(r *meshv1.PodReport) { r.StartedUnheld, r.PreexistingConnections = true, 3 }), "n1", nil, false, "weft.dev/Enrolled=True/StartedUnheld weft.dev/Enforced=True/Enforced policy h applies"},
 		{"captured", ir.Enforced, report(captured), "n1", nil, false, "weft.dev/Enrolled=True/Captured weft.dev/Enforced=False/Pending peers are being told to speak mTLS"},
 		{"leaving", ir.Out, report(captured), "n1", nil, false, "weft.dev/Enrolled=True/Captured weft.dev/Enforced=False/Leaving peers are being told to speak plaintext"},

@@ -91,6 +91,9 @@ func (v *view) unreported(pod *corev1.Pod, node string) []metav1.Condition {
 func reported(target *ir.Pod, r *meshv1.PodReport) []metav1.Condition {
 	switch r.State {
 	case meshv1.PodState_POD_STATE_CAPTURED, meshv1.PodState_POD_STATE_ENFORCED:
+		if r.Reason == names.ReasonDrift {
+			return both(metav1.ConditionFalse, "Pending", r.Message)
+		}
 		reason, said := "Captured", "the kernel hands the pod's connections to Envoy"
 		if r.StartedUnheld {
 			reason, said = "StartedUnheld", said+"; nothing held the pod before that"

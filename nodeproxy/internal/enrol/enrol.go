@@ -90,15 +90,13 @@ type Config struct {
 
 // Limits of waiting for one step, and the time between two looks at the kernel.
 const (
-	stepLimit  = 15 * time.Second
-	adoptLimit = time.Second
-	// identityLimit is for an SVID; asking again begins after it.
-	identityLimit = 3 * time.Second
-	hearLimit     = time.Second
-	listenPoll    = 2 * time.Millisecond
-	verifyEvery   = 5 * time.Second
-	lookAgain     = time.Second
-	workers       = 8
+	stepLimit   = 15 * time.Second
+	adoptLimit  = time.Second
+	hearLimit   = time.Second
+	listenPoll  = 2 * time.Millisecond
+	verifyEvery = 5 * time.Second
+	lookAgain   = time.Second
+	workers     = 8
 )
 
 // Enroller turns pods.
@@ -141,8 +139,7 @@ type state struct {
 	leaving, left time.Time
 	// older counts the connections from before the pod was captured first: they stay as they are.
 	older uint32
-	// drifted is what was last found otherwise than it should be, and mended when that was. The pod counts as served again
-	// after another look.
+	// drifted is what was last found otherwise than it should be, and mended when it was repaired.
 	drifted []string
 	mended  time.Time
 	took    time.Duration

@@ -366,7 +366,7 @@ func TestDriftIsRepaired(t *testing.T) {
 			if r := w.reports[0]; r.Reason != "Drift" || !strings.HasPrefix(r.Message, "being repaired: ") {
 				t.Errorf("reported %v while it was repaired", r)
 			}
-			if r := w.report(t); r.Reason != "Drift" || !strings.HasPrefix(r.Message, "repaired, ") {
+			if r := w.report(t); r.State != meshv1.PodState_POD_STATE_ENFORCED || r.Reason != "Drift" || !strings.HasPrefix(r.Message, "repaired, ") {
 				t.Errorf("reported %v right after the repair", r)
 			}
 			if lost {

@@ -9,6 +9,7 @@ import (
 	listener "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 
 	meshv1 "github.com/weftmesh/weft/api/mesh/v1"
+	"github.com/weftmesh/weft/api/names"
 	"github.com/weftmesh/weft/nodeproxy/internal/relay"
 	"github.com/weftmesh/weft/redirect"
 )
@@ -51,9 +52,8 @@ func (e *Enroller) repair(ctx context.Context, s *state, live bool) error {
 	if len(why) == 0 {
 		return nil
 	}
-	s.drifted, s.mended = why, e.now()
 	e.config.Log.Warn("drift is repaired", "pod", s.pod.UID, "drift", why)
-	e.config.Report(&meshv1.PodReport{Uid: s.pod.UID, Sandbox: s.pod.Sandbox, State: meshv1.PodState_POD_STATE_PREPARING, Reason: "Drift",
+	e.config.Report(&meshv1.PodReport{Uid: s.pod.UID, Sandbox: s.pod.Sandbox, State: meshv1.PodState_POD_STATE_PREPARING, Reason: names.ReasonDrift,
 		Message: "being repaired: " + strings.Join(why, "; ")})
 	if err := e.config.Kernel.Enrol(kernelPod(s.pod)); err != nil {
 		return refuse(err)
@@ -69,11 +69,15 @@ func (e *Enroller) repair(ctx context.Context, s *state, live bool) error {
 	if err := e.config.Kernel.SetMode(s.pod.UID, s.mode); err != nil {
 		return fmt.Errorf("set mode: %w", err)
 	}
-	return e.config.Kernel.Capture(s.pod.UID, true, true)
+	if err := e.config.Kernel.Capture(s.pod.UID, true, true); err != nil {
+		return err
+	}
+	s.drifted, s.mended = why, e.now()
+	return nil
 }
 
-// unsure is how long a pod that was repaired still does not count as served: who reads conditions sees that there was
-// something, and what takes it away again and again does not make them flap.
+// unsure is how long the report on a pod that was repaired still tells of it: its conditions turn False, for who reads them
+// to see, and True after another look. What the kernel holds is what it reports all the same: nobody acts on the drift.
 func (e *Enroller) unsure(s *state) time.Duration {
 	if s.mended.IsZero() {
 		return 0

@@ -6,6 +6,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	meshv1 "github.com/weftmesh/weft/api/mesh/v1"
+	"github.com/weftmesh/weft/api/names"
 	"github.com/weftmesh/weft/nodeproxy/internal/lds"
 )
 
@@ -20,9 +21,6 @@ func (e *Enroller) report(s *state, wish *meshv1.LocalPod) (left bool) {
 	drift := now.Drift
 	if err == nil && s.complete {
 		drift = s.drift(now)
-	}
-	if len(drift) == 0 && e.unsure(s) > 0 {
-		drift = []string{"repaired, to be looked at once more: " + strings.Join(s.drifted, "; ")}
 	}
 	serves := err == nil && now.Captured() && len(drift) == 0
 	switch {
@@ -40,8 +38,11 @@ func (e *Enroller) report(s *state, wish *meshv1.LocalPod) (left bool) {
 	default:
 		r.State = meshv1.PodState_POD_STATE_PREPARING
 		if len(drift) > 0 {
-			r.Reason, r.Message = "Drift", strings.Join(drift, "; ")
+			r.Reason, r.Message = names.ReasonDrift, strings.Join(drift, "; ")
 		}
+	}
+	if serves && r.Reason == "" && e.unsure(s) > 0 {
+		r.Reason, r.Message = names.ReasonDrift, "repaired, to be looked at once more: "+strings.Join(s.drifted, "; ")
 	}
 	e.config.Report(r)
 	return left

@@ -126,15 +126,13 @@ func (e *Enroller) open(ctx context.Context, s *state, wish *meshv1.LocalPod, ad
 	return e.change(ctx, s, wish, wished(s, wish, nil))
 }
 
-// identify makes sure of the pod's SVID. The controller may be away: a pod that is captured hardly waits, and another not
-// for so long that it keeps a worker from the pods that are in.
+// identify makes sure of the pod's SVID. A pod that is captured does not wait for it: the controller may be away.
 func (e *Enroller) identify(ctx context.Context, s *state, wish *meshv1.LocalPod, adopted bool) error {
-	limit := identityLimit
 	if adopted {
-		limit = adoptLimit
+		limited, cancel := context.WithTimeout(ctx, adoptLimit)
+		defer cancel()
+		ctx = limited
 	}
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
 	id, err := e.config.Identities.Use(ctx, s.account, s.pod.UID)
 	switch {
 	case err != nil && adopted:
@@ -236,6 +234,7 @@ func (e *Enroller) end(s *state) error {
 	}
 	e.config.Identities.Leave(s.account, s.pod.UID)
 	e.forget(s.pod.UID)
+	s.older = 0
 	s.prepared, s.complete, s.stage, s.inbound, s.leaving, s.left, s.moved = false, false, meshv1.Stage_STAGE_OUT, inbound{}, time.Time{}, time.Time{}, time.Time{}
 	return nil
 }

@@ -300,7 +300,11 @@ func (s *Supervisor) awaitReady(ctx context.Context, pid int) {
 		_ = r.Body.Close()
 		if r.StatusCode == http.StatusOK {
 			s.config.Log.Info("Envoy is live")
-			s.board.set(func(st *State) { st.Live = st.PID == pid }) // it may have died since
+			s.board.set(func(st *State) {
+				if st.PID == pid { // else it has died since
+					st.Live = true
+				}
+			})
 			return
 		}
 	}
