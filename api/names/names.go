@@ -22,10 +22,10 @@ const (
 
 	// ConditionEnrolled on a pod is True while the node's agent reads the pod's capture back from the kernel.
 	ConditionEnrolled = Group + "/Enrolled"
-	// ReasonDrift is an agent's reason in a report: the kernel held something else than it should a moment ago.
-	ReasonDrift = "Drift"
 	// ConditionEnforced on a pod is True once its configured mTLS mode and identity rules apply.
 	ConditionEnforced = Group + "/Enforced"
+	// ReasonDrift is an agent's reason in a report: the kernel held something else than it should a moment ago.
+	ReasonDrift = "Drift"
 
 	// UninstallConfigMap in weft's own namespace orders every pod out of the mesh when its UninstallKey says "true".
 	UninstallConfigMap = "weft-uninstall"

@@ -30,21 +30,18 @@ func main() {
 		}
 		return
 	}
-	// A pod is ready a moment before its Service leads to it.
-	accepted := func(context.Context, []load.Target) error { return nil }
 	start := make(chan os.Signal, 1)
 	if *held {
 		signal.Notify(start, syscall.SIGUSR1)
 	} else {
-		accepted = awaitAccepted
 		close(start)
 	}
-	if err := run(start, accepted, *targets, *every, *last, *timeout); err != nil {
+	if err := run(start, *held, *targets, *every, *last, *timeout); err != nil {
 		log.Fatal(err)
 	}
 }
 
-// awaitAccepted waits until every target accepts a connection: the load begins after that.
+// awaitAccepted waits until every target accepts a connection: a pod is ready a moment before its Service leads to it.
 func awaitAccepted(ctx context.Context, targets []load.Target) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
@@ -65,7 +62,7 @@ func awaitAccepted(ctx context.Context, targets []load.Target) error {
 	return nil
 }
 
-func run(start <-chan os.Signal, accepted func(context.Context, []load.Target) error, targets string, every, last, timeout time.Duration) error {
+func run(start <-chan os.Signal, held bool, targets string, every, last, timeout time.Duration) error {
 	text := []byte(targets)
 	if len(text) > 0 && text[0] == '@' {
 		var err error
@@ -88,8 +85,10 @@ func run(start <-chan os.Signal, accepted func(context.Context, []load.Target) e
 		ctx, cancel = context.WithTimeout(ctx, last)
 		defer cancel()
 	}
-	if err := accepted(ctx, c.Targets); err != nil && ctx.Err() == nil {
-		return err
+	if !held {
+		if err := awaitAccepted(ctx, c.Targets); err != nil && ctx.Err() == nil {
+			return err
+		}
 	}
 	done := make(chan struct{})
 	go func() {
