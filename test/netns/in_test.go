@@ -25,19 +25,22 @@ func serving(t *testing.T, settings ...func(*redirect.Config)) (*world, *pod, *p
 
 var appAddresses = []string{podIPv4 + ":8080", "[" + podIPv6 + "]:8080"}
 
-// relayed fails unless dialling reaches Envoy's inbound listener and by its local leg the app.
+// relayed fails unless dialling reaches Envoy's inbound listener and by its local leg the app. The client speaks first.
 func relayed(t *testing.T, from *pod, to string) {
 	t.Helper()
-	st, g, err := from.greeted(to)
+	st, err := from.dial(to)
 	if err != nil {
 		t.Errorf("dial %s: %v", to, err)
 		return
 	}
-	if g.By != "in" || g.Original.String() != to {
-		t.Errorf("dialled %s: accepted by %q for %s", to, g.By, g.Original)
-	}
+	defer st.close()
 	if err := st.write("relay\n"); err != nil {
 		t.Error(err)
+	}
+	g, err := st.greeting()
+	if err != nil || g.By != "in" || g.Original.String() != to {
+		t.Errorf("dialled %s: accepted by %q for %s, %v", to, g.By, g.Original, err)
+		return
 	}
 	app, err := st.greeting()
 	if err != nil || app.By != "app" || unmap(app.Local).String() != to {
@@ -145,7 +148,8 @@ func inSynCookies(t *testing.T) {
 		}
 	}
 	w.envoy.must(order{Do: "accept", Netns: p.path, Port: names.PortIn})
-	wantBy(t, stranger, appAddresses[0], "in")
+	// The six compete for the two places, and a cookie that finds none is forgotten: only a client that speaks is heard later.
+	relayed(t, stranger, appAddresses[0])
 }
 
 func ignore(err, expected error) error {
