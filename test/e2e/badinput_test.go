@@ -265,6 +265,11 @@ func TestPodOptOut(t *testing.T) {
 	if err := k8s.UntilReady(t.Context(), time.Minute, "mesh", "app=leaver", nil); err != nil {
 		t.Fatal(err)
 	}
+	// The node takes in a pod that started later: it has seen the leaver.
+	apply(t, podOn("later", "n2", "mesh", "", `args: [serve]`))
+	if err := k8s.UntilCondition(t.Context(), time.Minute, "mesh", "app=later", enforced, "True", nil); err != nil {
+		t.Fatal(err)
+	}
 	if k := pod(t, "mesh", "leaver", "n2").Conditions[enrolled]; k.Status == "True" {
 		t.Fatalf("a pod that may opt out is enrolled: %+v", k)
 	}

@@ -46,6 +46,9 @@ func (o outcome) closed() bool {
 	return false
 }
 
+// unserved: there was nobody to serve the call, and the caller heard so at once.
+func (o outcome) unserved() bool { return o.Status == 503 || o.closed() }
+
 // batch makes calls from a caller's pod, side by side.
 func batch(ctx context.Context, p kube.Pod, calls []call) ([]outcome, error) {
 	in, err := json.Marshal(calls)

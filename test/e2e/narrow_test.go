@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -46,8 +47,10 @@ func hold(t *testing.T, from caller, at placement, address string) *held {
 		defer close(read)
 		for answers := bufio.NewScanner(out); answers.Scan(); {
 			h.mu.Lock()
-			if how, over := strings.CutPrefix(answers.Text(), "end "); over {
-				h.ended, h.how = time.Now(), how
+			if end, over := strings.CutPrefix(answers.Text(), "end "); over {
+				when, how, _ := strings.Cut(end, " ")
+				at, _ := strconv.ParseInt(when, 10, 64) // by the clock that all nodes share
+				h.ended, h.how = time.Unix(0, at), how
 			} else {
 				h.lines++
 			}
@@ -115,12 +118,7 @@ func cuts(t *testing.T, all []*held, unwanted caller, kind, name, manifest strin
 	}); err != nil {
 		t.Error(err)
 	}
-	// What the callers print takes a moment to get here.
-	if err := kube.Until(t.Context(), 3*time.Second, "the ends of the connections", nil, func(context.Context) (bool, string) {
-		return len(alive()) == 0, ""
-	}); err != nil {
-		t.Errorf("%s %s is Programmed while connections that it does not allow live on: %v", kind, name, alive())
-	}
+	programmed := time.Now()
 	until(t, time.Minute, "the connections to end", func() (bool, string) { return len(alive()) == 0, fmt.Sprint(alive()) })
 	for _, h := range all {
 		if _, ended, how := h.state(); h.caller == unwanted {
@@ -128,6 +126,9 @@ func cuts(t *testing.T, all []*held, unwanted caller, kind, name, manifest strin
 				t.Errorf("%s: %s: nobody knows when the connection ended", h.name, how)
 			}
 			t.Logf("%s: cut after %v: %s", h.name, ended.Sub(applied).Round(10*time.Millisecond), how)
+			if how != gone && ended.After(programmed) {
+				t.Errorf("%s: ended %v after %s %s was Programmed", h.name, ended.Sub(programmed), kind, name)
+			}
 			if ended.Sub(applied) > cutAfter {
 				t.Errorf("%s: lived on for %v, want at most %v", h.name, ended.Sub(applied), cutAfter)
 			}

@@ -73,7 +73,10 @@ func TestServices(t *testing.T) {
 			for _, at := range placements {
 				until(t, 30*time.Second, kind.name+", "+at.name, func() (bool, string) {
 					in, out := other.ask(t, at.node, call{URL: kind.url})[0], stranger.ask(t, at.node, call{URL: kind.url})[0]
-					good := in.allowed() == out.allowed() && in.Body == out.Body && (kind.body == "" && !in.allowed() || in.Body == kind.body)
+					good := in.allowed() && out.allowed() && in.Body == kind.body && out.Body == kind.body
+					if kind.body == "" {
+						good = in.unserved() && out.unserved()
+					}
 					return good, fmt.Sprintf("from the mesh %+v, from outside %+v, want %q", in, out, kind.body)
 				})
 			}
@@ -97,11 +100,14 @@ func TestServices(t *testing.T) {
 			o := other.ask(t, "n1", call{URL: "http://local-one.mesh/pod"})[0]
 			return o.Body == "server", fmt.Sprintf("%+v", o)
 		})
-		for _, from := range []caller{other, stranger} {
-			for _, o := range from.ask(t, "n2", repeat(call{URL: "http://local-one.mesh/pod"}, 10)...) {
-				if o.allowed() || o.Body == "server" {
-					t.Errorf("%s on n2: %+v, want no answer: there is no local endpoint", from.app, o)
-				}
+		for _, o := range other.ask(t, "n2", repeat(call{URL: "http://local-one.mesh/pod"}, 10)...) {
+			if !o.unserved() {
+				t.Errorf("from the mesh on n2: %+v, want 503 at once: there is no local endpoint", o)
+			}
+		}
+		for _, o := range stranger.ask(t, "n2", repeat(call{URL: "http://local-one.mesh/pod"}, 10)...) {
+			if !o.unserved() && !strings.Contains(o.Error, "dial tcp 10.") { // kube-proxy drops what it has no local endpoint for
+				t.Errorf("from outside on n2: %+v, want no connection: there is no local endpoint", o)
 			}
 		}
 	})

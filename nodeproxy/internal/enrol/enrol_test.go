@@ -401,6 +401,29 @@ func TestEnvoyAwayIsNoDrift(t *testing.T) {
 	}
 }
 
+// A repair is the kernel's alone: the policy that Envoy refuses stays refused, and the last good one served.
+func TestDriftUnderARefusedPolicy(t *testing.T) {
+	no := &relay.Refused{Name: "in/5f0c", Text: "regex too large"}
+	w := newWorld()
+	e := w.settled(t, "wide")
+	w.wish.InboundPolicy, w.fail["Envoy acknowledges in/"] = "narrow", no
+	for _, drift := range []bool{false, true, false} {
+		if drift {
+			w.held[uid].Strict = false
+		}
+		if _, err := e.reconcile(t.Context(), uid); !errors.Is(err, no) {
+			t.Errorf("Envoy refused, and: %v", err)
+		}
+		w.expect(t, "the last good one serves", "wide", "wide", "any/weft-l4")
+		if r := w.report(t); r.State != meshv1.PodState_POD_STATE_ENFORCED || r.Refused != no.Text {
+			t.Errorf("drifted %t: reported %v", drift, r)
+		}
+		if s := w.held[uid]; !s.Captured() || !s.Strict {
+			t.Errorf("drifted %t: the kernel holds %+v", drift, s)
+		}
+	}
+}
+
 // What cannot be repaired is not reported as served.
 func TestDriftThatStays(t *testing.T) {
 	w := newWorld()

@@ -175,7 +175,7 @@ func hold(args []string) error {
 			answer, err = answers.ReadString('\n')
 		}
 		if err != nil {
-			fmt.Println("end", err)
+			fmt.Println("end", time.Now().UnixNano(), err)
 			return nil
 		}
 		fmt.Print(answer)
