@@ -121,10 +121,7 @@ func TestRootRotation(t *testing.T) {
 	s.label("app in (busy,catalogue,prices)", true)
 	s.begin("app=busy")
 	started := time.Now()
-	s.dwell(400)
-	if with, without := peers(t, started); with == 0 || without > with/10 {
-		t.Fatalf("%d connections with a peer's certificate, %d without: the load is not under mTLS", with, without)
-	}
+	secure(t, started)
 	old := readAuthority(t).roots(t)
 	if len(old) != 1 {
 		t.Fatalf("%d roots before the rotation", len(old))
@@ -176,32 +173,42 @@ func TestRootRotation(t *testing.T) {
 			}
 		})
 	}
-	began := time.Now()
-	s.dwell(400)
-	if with, without := peers(t, began); with == 0 || without > with/10 {
-		t.Errorf("under the new root alone: %d connections with a peer's certificate, %d without", with, without)
-	}
+	secure(t, time.Now())
 	sum := s.lossless()
 	t.Logf("%d requests on %d connections, none lost", sum.Requests, sum.Connections)
 }
 
-// peers counts the connections to the shop that were opened since, by whether the callee's Envoy saw a certificate.
-func peers(t *testing.T, since time.Time) (with, without int) {
+// secure waits until the callees' Envoys on both nodes have logged hundreds of requests that began since, and fails unless
+// nearly all of them had a peer's certificate.
+func secure(t *testing.T, since time.Time) {
 	t.Helper()
 	for _, at := range placements {
-		for _, l := range accessLog(t, at.node, since) {
-			if l.Direction != "in" || l.Kind != "connection" {
-				continue
-			}
-			opened, err := time.Parse(time.RFC3339Nano, l.Time)
-			if err != nil || opened.Before(since) || strings.HasSuffix(l.Destination, ":9001") {
-				continue
-			}
-			if l.Peer != "" && l.Peer != "-" {
-				with++
-			} else {
-				without++
-			}
+		with, without := 0, 0
+		until(t, time.Minute, "requests at the callees' Envoy on "+at.node, func() (bool, string) {
+			with, without = peers(t, at.node, since)
+			return with+without >= 200, fmt.Sprintf("%d with a peer's certificate, %d without", with, without)
+		})
+		if without > with/10 {
+			t.Fatalf("on %s: %d requests and connections with a peer's certificate, %d without: the load is not under mTLS", at.node, with, without)
+		}
+	}
+}
+
+// peers counts what a node's Envoy has let in of the shop since, by whether it saw a certificate.
+func peers(t *testing.T, node string, since time.Time) (with, without int) {
+	t.Helper()
+	for _, l := range accessLog(t, node, since) {
+		if l.Direction != "in" {
+			continue
+		}
+		opened, err := time.Parse(time.RFC3339Nano, l.Time)
+		if err != nil || opened.Before(since) || strings.HasSuffix(l.Destination, ":9001") {
+			continue
+		}
+		if l.Peer != "" && l.Peer != "-" {
+			with++
+		} else {
+			without++
 		}
 	}
 	return with, without
