@@ -113,14 +113,24 @@ func dialIn(path, address string) (net.Conn, error) {
 
 const refused = "refused"
 
-// reply says what came back: a status code, "bytes" or refused.
+// reply says what came back: a status code, "bytes" or refused. The app answers with the request that it got, which says the
+// same of the client's connection whether it came by TLS or not.
 func reply(conn io.ReadWriter, send string) string {
 	if _, err := io.WriteString(conn, send); err != nil {
 		return refused
 	}
-	line, err := bufio.NewReader(conn).ReadString('\n')
+	r := bufio.NewReader(conn)
+	line, err := r.ReadString('\n')
 	switch fields := strings.Fields(line); {
 	case strings.HasPrefix(line, "HTTP/1.") && len(fields) > 1:
+		response, err := http.ReadResponse(bufio.NewReader(io.MultiReader(strings.NewReader(line), r)), nil)
+		if err != nil {
+			return err.Error()
+		}
+		defer response.Body.Close()
+		if seen, _ := io.ReadAll(response.Body); bytes.Contains(bytes.ToLower(seen), []byte("x-forwarded-proto: https")) {
+			return fields[1] + ", and the app takes the connection for TLS"
+		}
 		return fields[1]
 	case line == "BYTES\n":
 		return "bytes"
@@ -332,6 +342,16 @@ func TestInboundChains(t *testing.T) {
 			"it with two slashes":      {meshTLS(front, "GET //admin HTTP/1.1\r\nHost: a\r\n\r\n", h1...), "weft-h1 403"},
 			"it with an escaped slash": {meshTLS(front, "GET /items%2F..%2Fadmin HTTP/1.1\r\nHost: a\r\n\r\n", h1...), "weft-h1 400"},
 			"a denied pattern":         {meshTLS(front, "GET /v1/internal HTTP/1.1\r\nHost: a\r\n\r\n", h1...), "weft-h1 403"},
+			"a header twice":           {meshTLS(front, "POST /x HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Type: text/plain\r\nX-Reason: y\r\nContent-Length: 0\r\n\r\n", h1...), "weft-h1 403"},
+			"it first and last":        {meshTLS(front, "POST /x HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\nContent-Type: application/json\r\nX-Reason: y\r\nContent-Length: 0\r\n\r\n", h1...), "weft-h1 403"},
+			"a denied header":          {meshTLS(front, "GET /items HTTP/1.1\r\nHost: a\r\nx-debug: on\r\n\r\n", h1...), "weft-h1 403"},
+			"it among others":          {meshTLS(front, "GET /items HTTP/1.1\r\nHost: a\r\nx-debug: off\r\nX-DEBUG: on\r\nx-debug: off\r\n\r\n", h1...), "weft-h1 403"},
+			"another value of it":      {meshTLS(front, "GET /items HTTP/1.1\r\nHost: a\r\nx-debug: off\r\n\r\n", h1...), "weft-h1 200"},
+			"escaped dots, parameter":  {meshTLS(front, "GET /items/%2e%2e;/admin HTTP/1.1\r\nHost: a\r\n\r\n", h1...), "weft-h1 403"},
+			"dots with a parameter":    {meshTLS(front, "GET /items/..;v=1/admin HTTP/1.1\r\nHost: a\r\n\r\n", h1...), "weft-h1 403"},
+			"escaped dots in Allow":    {meshTLS(front, "GET /items/.%2E;x/secret HTTP/1.1\r\nHost: a\r\n\r\n", h1...), "weft-h1 403"},
+			"a dot with a parameter":   {meshTLS(front, "GET /items/%2e;/x HTTP/1.1\r\nHost: a\r\n\r\n", h1...), "weft-h1 403"},
+			"a parameter":              {meshTLS(front, "GET /items/a..;v=1/b HTTP/1.1\r\nHost: a\r\n\r\n", h1...), "weft-h1 200"},
 			"an underscore header":     {meshTLS(front, "GET /items HTTP/1.1\r\nHost: a\r\nx_reason: y\r\n\r\n", h1...), "weft-h1 400"},
 			"h2":                       {meshTLS(front, "", h2...), "weft-h2"},
 			"plain":                    {plaintext(get), refused},

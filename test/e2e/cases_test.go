@@ -129,7 +129,7 @@ var accessCases = []accessCase{
 	}},
 	{name: "deny a path prefix", policy: []string{`action: Deny, rules: [{to: [{ports: [8080], paths: [{type: Prefix, value: /status}]}]}]`}, requests: true, asks: []ask{
 		get(client, "/pod", true), get(client, "/status/200", false), get(client, "//status/200", false),
-		get(client, "/pod/../status/200", false), get(client, "/status/200", false).http2(),
+		get(client, "/pod/../status/200", false), get(client, "/status/200", false).http2(), get(client, "/pod/%2e%2e;/status/200", false),
 	}},
 	{name: "allow an exact path", policy: []string{`action: Allow, rules: [{to: [{ports: [8080], paths: [{value: /pod}]}]}]`}, requests: true, asks: []ask{
 		get(client, "/pod", true), get(client, "/status/200", false), get(client, "/podx", false),

@@ -131,6 +131,11 @@ func sanitise(set [][2]string) *core.TypedExtensionConfig {
 		}})
 	}
 	mutations = append(mutations, &mutation.HeaderMutation{Action: &mutation.HeaderMutation_Remove{Remove: "x-forwarded-client-cert"}})
+	// Where a client has not said it Envoy would say what the connection is, https between Envoys: an app that builds links of it
+	// would answer by the way that a request took.
+	mutations = append(mutations, &mutation.HeaderMutation{Action: &mutation.HeaderMutation_Append{Append: &core.HeaderValueOption{
+		Header: &core.HeaderValue{Key: "x-forwarded-proto", Value: "http"}, AppendAction: core.HeaderValueOption_ADD_IF_ABSENT,
+	}}})
 	for _, header := range set {
 		mutations = append(mutations, &mutation.HeaderMutation{Action: &mutation.HeaderMutation_Append{
 			Append: &core.HeaderValueOption{

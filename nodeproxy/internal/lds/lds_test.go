@@ -40,6 +40,7 @@ var (
 	allowFront = &meshv1.Rule{Name: "shop/allow-front[0]", Peers: []*meshv1.Peer{peer(front)}}
 	denyBatch  = &meshv1.Rule{Name: "shop/deny-batch[0]", Peers: []*meshv1.Peer{namespace("batch"), peer(reports)}}
 	denyAdmin  = &meshv1.Rule{Name: "shop/deny-admin[0]", Requests: []*meshv1.Request{{Paths: []*meshv1.StringMatch{prefix("/admin"), regex("/v[0-9]+/internal")}}}}
+	denyDebug  = &meshv1.Rule{Name: "shop/deny-debug[0]", Requests: []*meshv1.Request{{Headers: []*meshv1.HeaderMatch{{Name: "X-Debug", Match: &meshv1.HeaderMatch_Value{Value: exact("on")}}}}}}
 	allowReads = &meshv1.Rule{Name: "shop/allow-reads[0]", Peers: []*meshv1.Peer{peer(front), namespace("team")}, Requests: []*meshv1.Request{
 		{Methods: []string{"GET", "HEAD"}, Paths: []*meshv1.StringMatch{exact("/"), prefix("/items")}},
 		{Methods: []string{"POST"}, Headers: []*meshv1.HeaderMatch{
@@ -76,7 +77,7 @@ var pods = map[string]func(*lds.Pod){
 	"nobody": func(p *lds.Pod) { p.Policy = policy(&meshv1.PortPolicy{Mode: permissive, Restricted: true}) },
 	"strict-http": func(p *lds.Pod) {
 		p.Policy = policy(&meshv1.PortPolicy{Mode: strict},
-			&meshv1.PortPolicy{Port: 8080, Mode: strict, Protocol: meshv1.Protocol_PROTOCOL_HTTP1, Http: true, Identity: true, Deny: []*meshv1.Rule{denyAdmin, denyBatch}, Restricted: true, Allow: []*meshv1.Rule{allowReads}},
+			&meshv1.PortPolicy{Port: 8080, Mode: strict, Protocol: meshv1.Protocol_PROTOCOL_HTTP1, Http: true, Identity: true, Deny: []*meshv1.Rule{denyAdmin, denyBatch, denyDebug}, Restricted: true, Allow: []*meshv1.Rule{allowReads}},
 			&meshv1.PortPolicy{Port: 9090, Mode: strict, Protocol: meshv1.Protocol_PROTOCOL_HTTP2, Http: true, Identity: true, Restricted: true, Allow: []*meshv1.Rule{allowFront}})
 	},
 	"permissive-http": func(p *lds.Pod) {

@@ -2,9 +2,14 @@ package lds
 
 import (
 	"fmt"
+	"iter"
+	"maps"
+	"slices"
+	"strings"
 
 	rbac "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
 	route "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	metadata "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/header_to_metadata/v3"
 	filter "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
 	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	matcher "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
@@ -15,7 +20,7 @@ import (
 // judge makes a port's rules HTTP filters: a request that a Deny rule matches gets 403, and on a restricted port so
 // does one that no Allow rule matches. The name of the rule is in the access log's response code details.
 func (q port) judge() []*hcm.HttpFilter {
-	var filters []*hcm.HttpFilter
+	filters := q.joinHeaders()
 	add := func(name string, action rbac.RBAC_Action, rules []*meshv1.Rule) {
 		policies := make(map[string]*rbac.Policy, len(rules))
 		for i, rule := range rules {
@@ -23,12 +28,15 @@ func (q port) judge() []*hcm.HttpFilter {
 			if _, taken := policies[key]; taken || key == "" {
 				key = fmt.Sprintf("%s#%d", key, i)
 			}
-			policies[key] = &rbac.Policy{Permissions: permissions(rule), Principals: principals(rule)}
+			policies[key] = &rbac.Policy{Permissions: permissions(rule, action), Principals: principals(rule)}
+		}
+		if action == rbac.RBAC_DENY && q.comparesPaths() {
+			policies[ambiguousPath] = &rbac.Policy{Permissions: []*rbac.Permission{dotWithParameter()}, Principals: principals(nil)}
 		}
 		filters = append(filters, &hcm.HttpFilter{Name: name, ConfigType: &hcm.HttpFilter_TypedConfig{
 			TypedConfig: pack(&filter.RBAC{Rules: &rbac.RBAC{Action: action, Policies: policies}})}})
 	}
-	if len(q.deny) > 0 {
+	if len(q.deny) > 0 || q.comparesPaths() {
 		add("weft.deny", rbac.RBAC_DENY, q.deny)
 	}
 	if q.restricted {
@@ -37,18 +45,75 @@ func (q port) judge() []*hcm.HttpFilter {
 	return filters
 }
 
+// ambiguousPath names the policy that refuses a path which one decoding more would change.
+const ambiguousPath = "weft.ambiguous-path"
+
+// dotWithParameter matches a path with a segment "." or ".." that has a parameter. Envoy takes "/..;/" for "/../" and looks
+// before it decodes: what is left of "/%2e%2e;/" is judged here as it stands, and by an app, or on a way with one Envoy
+// more, as the folder above.
+func dotWithParameter() *rbac.Permission {
+	return path(&matcher.StringMatcher{MatchPattern: &matcher.StringMatcher_SafeRegex{SafeRegex: &matcher.RegexMatcher{Regex: `(?i).*/(\.|%2e){1,2};.*`}}})
+}
+
 // comparesPaths reports whether any rule looks at paths.
 func (q port) comparesPaths() bool {
-	for _, rules := range [][]*meshv1.Rule{q.deny, q.allow} {
-		for _, rule := range rules {
+	for request := range q.requests() {
+		if len(request.GetPaths()) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// requests are those that any rule describes.
+func (q port) requests() iter.Seq[*meshv1.Request] {
+	return func(yield func(*meshv1.Request) bool) {
+		for _, rule := range slices.Concat(q.deny, q.allow) {
 			for _, request := range rule.GetRequests() {
-				if len(request.GetPaths()) > 0 {
-					return true
+				if !yield(request) {
+					return
 				}
 			}
 		}
 	}
-	return false
+}
+
+// joined is the namespace of the metadata that holds headers as joinHeaders leaves them.
+const joined = "weft.headers"
+
+// joinHeaders keeps the headers whose values rules compare as RFC 9110 (5.3) reads them: lines of one name are one list. Envoy's
+// matcher of headers looks at each line alone.
+func (q port) joinHeaders() []*hcm.HttpFilter {
+	known := map[string]bool{}
+	for request := range q.requests() {
+		for _, h := range request.GetHeaders() {
+			if h.GetValue() != nil {
+				known[strings.ToLower(h.GetName())] = true
+			}
+		}
+	}
+	var rules []*metadata.Config_Rule
+	for _, name := range slices.Sorted(maps.Keys(known)) {
+		rules = append(rules, &metadata.Config_Rule{Header: name, OnHeaderPresent: &metadata.Config_KeyValuePair{MetadataNamespace: joined, Key: name}})
+	}
+	if len(rules) == 0 {
+		return nil
+	}
+	return []*hcm.HttpFilter{{Name: "weft.headers", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: pack(&metadata.Config{RequestRules: rules})}}}
+}
+
+// hasValue matches a header's value. An Allow takes the lines of one name together, for an app may read any of them; a Deny
+// matches a line alone as well.
+func hasValue(name string, value *matcher.StringMatcher, action rbac.RBAC_Action) *rbac.Permission {
+	whole := &rbac.Permission{Rule: &rbac.Permission_Metadata{Metadata: &matcher.MetadataMatcher{
+		Filter: joined,
+		Path:   []*matcher.MetadataMatcher_PathSegment{{Segment: &matcher.MetadataMatcher_PathSegment_Key{Key: strings.ToLower(name)}}},
+		Value:  &matcher.ValueMatcher{MatchPattern: &matcher.ValueMatcher_StringMatch{StringMatch: value}},
+	}}}
+	if action == rbac.RBAC_ALLOW {
+		return whole
+	}
+	return either([]*rbac.Permission{whole, header(&route.HeaderMatcher{Name: name, HeaderMatchSpecifier: &route.HeaderMatcher_StringMatch{StringMatch: value}})})
 }
 
 func principals(rule *meshv1.Rule) []*rbac.Principal {
@@ -67,7 +132,7 @@ func principals(rule *meshv1.Rule) []*rbac.Principal {
 	return out
 }
 
-func permissions(rule *meshv1.Rule) []*rbac.Permission {
+func permissions(rule *meshv1.Rule, action rbac.RBAC_Action) []*rbac.Permission {
 	if len(rule.GetRequests()) == 0 {
 		return []*rbac.Permission{anything()}
 	}
@@ -84,20 +149,17 @@ func permissions(rule *meshv1.Rule) []*rbac.Permission {
 		}
 		if paths := request.GetPaths(); len(paths) > 0 {
 			var any []*rbac.Permission
-			for _, path := range paths {
-				any = append(any, &rbac.Permission{Rule: &rbac.Permission_UrlPath{UrlPath: &matcher.PathMatcher{
-					Rule: &matcher.PathMatcher_Path{Path: stringMatcher(path)}}}})
+			for _, p := range paths {
+				any = append(any, path(stringMatcher(p)))
 			}
 			all = append(all, either(any))
 		}
 		for _, want := range request.GetHeaders() {
-			match := &route.HeaderMatcher{Name: want.GetName()}
 			if want.GetValue() != nil {
-				match.HeaderMatchSpecifier = &route.HeaderMatcher_StringMatch{StringMatch: stringMatcher(want.GetValue())}
-			} else {
-				match.HeaderMatchSpecifier = &route.HeaderMatcher_PresentMatch{PresentMatch: want.GetPresent()}
+				all = append(all, hasValue(want.GetName(), stringMatcher(want.GetValue()), action))
+				continue
 			}
-			all = append(all, header(match))
+			all = append(all, header(&route.HeaderMatcher{Name: want.GetName(), HeaderMatchSpecifier: &route.HeaderMatcher_PresentMatch{PresentMatch: want.GetPresent()}}))
 		}
 		if len(all) == 0 {
 			all = append(all, anything())
@@ -119,6 +181,10 @@ func stringMatcher(m *meshv1.StringMatch) *matcher.StringMatcher {
 }
 
 func anything() *rbac.Permission { return &rbac.Permission{Rule: &rbac.Permission_Any{Any: true}} }
+
+func path(m *matcher.StringMatcher) *rbac.Permission {
+	return &rbac.Permission{Rule: &rbac.Permission_UrlPath{UrlPath: &matcher.PathMatcher{Rule: &matcher.PathMatcher_Path{Path: m}}}}
+}
 
 func header(m *route.HeaderMatcher) *rbac.Permission {
 	return &rbac.Permission{Rule: &rbac.Permission_Header{Header: m}}
