@@ -251,8 +251,9 @@ type HeaderMatch struct {
 	// +kubebuilder:validation:MaxLength=128
 	// +kubebuilder:validation:Pattern=`^[A-Za-z0-9!#$%&'*+.^_|~-]+$`
 	Name string `json:"name"`
-	// What the value must be; several headers of one name are one value, joined by commas (RFC 9110), and a Deny
-	// looks at each of them as well. Default: anything, the header must be there.
+	// What the value must be. Several headers of one name are one value, joined by commas (RFC 9110): a prefix or an
+	// expression of an Allow should not leave room for more behind it. A Deny looks at each of them as well. An Allow never
+	// matches an empty value or one beyond 8 KiB. Default: anything, the header must be there.
 	// +optional
 	Value *ValueMatch `json:"value,omitempty"`
 }

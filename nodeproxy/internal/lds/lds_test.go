@@ -44,7 +44,7 @@ var (
 	allowReads = &meshv1.Rule{Name: "shop/allow-reads[0]", Peers: []*meshv1.Peer{peer(front), namespace("team")}, Requests: []*meshv1.Request{
 		{Methods: []string{"GET", "HEAD"}, Paths: []*meshv1.StringMatch{exact("/"), prefix("/items")}},
 		{Methods: []string{"POST"}, Headers: []*meshv1.HeaderMatch{
-			{Name: "content-type", Match: &meshv1.HeaderMatch_Value{Value: exact("application/json")}},
+			{Name: "X-Tier", Match: &meshv1.HeaderMatch_Value{Value: exact("gold")}},
 			{Name: "x-reason", Match: &meshv1.HeaderMatch_Present{Present: true}}}},
 	}}
 )

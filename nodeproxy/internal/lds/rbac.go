@@ -105,11 +105,11 @@ func (q port) joinHeaders() []*hcm.HttpFilter {
 // hasValue matches a header's value. An Allow takes the lines of one name together, for an app may read any of them; a Deny
 // matches a line alone as well.
 func hasValue(name string, value *matcher.StringMatcher, action rbac.RBAC_Action) *rbac.Permission {
-	whole := &rbac.Permission{Rule: &rbac.Permission_Metadata{Metadata: &matcher.MetadataMatcher{
+	whole := &rbac.Permission{Rule: &rbac.Permission_SourcedMetadata{SourcedMetadata: &rbac.SourcedMetadata{MetadataMatcher: &matcher.MetadataMatcher{
 		Filter: joined,
 		Path:   []*matcher.MetadataMatcher_PathSegment{{Segment: &matcher.MetadataMatcher_PathSegment_Key{Key: strings.ToLower(name)}}},
 		Value:  &matcher.ValueMatcher{MatchPattern: &matcher.ValueMatcher_StringMatch{StringMatch: value}},
-	}}}
+	}}}}
 	if action == rbac.RBAC_ALLOW {
 		return whole
 	}
