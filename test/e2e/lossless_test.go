@@ -352,6 +352,14 @@ func reinstall(t *testing.T, values ...string) {
 	if err := install(ctx, values...); err != nil {
 		t.Fatal(err)
 	}
+	restartAgents(t)
+}
+
+// restartAgents replaces the nodes' pods, Envoy's included, and waits until the fixtures are in the mesh again.
+func restartAgents(t *testing.T) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	defer cancel()
 	if _, err := k8s.Kubectl(ctx, "delete", "pod", "-n", system, "-l", "app=weft-nodeproxy", "--grace-period=1"); err != nil {
 		t.Fatal(err)
 	}

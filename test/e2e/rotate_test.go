@@ -116,6 +116,7 @@ func TestRootRotation(t *testing.T) {
 	}
 	reinstall(t, "--set", "controlplane.svidTTL=15m") // the shortest there is
 	t.Cleanup(func() { reinstall(t) })
+	beginAnew(t) // the root that is there has signed for longer, and stays until the last of those SVIDs ends
 	s := newBusyShop(t)
 	apply(t, guarded)
 	s.label("app in (busy,catalogue,prices)", true)
@@ -176,6 +177,17 @@ func TestRootRotation(t *testing.T) {
 	secure(t, time.Now())
 	sum := s.lossless()
 	t.Logf("%d requests on %d connections, none lost", sum.Requests, sum.Connections)
+}
+
+// beginAnew gives weft another root, as docs/OPERATE.md says: without the Secret the controller makes one, and agents start from it.
+func beginAnew(t *testing.T) {
+	t.Helper()
+	scale(t, 0)
+	if _, err := k8s.Kubectl(t.Context(), "delete", "secret,configmap", "weft-ca", "-n", system); err != nil {
+		t.Fatal(err)
+	}
+	scale(t, 1)
+	restartAgents(t)
 }
 
 // secure waits until the callees' Envoys on both nodes have logged hundreds of requests that began since, and fails unless
