@@ -5,8 +5,8 @@ RACE_TESTS ?= ^(TestIdentities|TestDrift|TestHTTPRoute|TestCycles)$$
 images-race: envoy
 	@mkdir -p bin/race $(IMAGES)/race
 	CGO_ENABLED=1 go build -race -o bin/race/ ./controlplane ./nodeproxy
-	@$(IMAGE) -o $(IMAGES)/race/controlplane.tar -ref weft.dev/controlplane:race -user 15000 -file bin/race/controlplane=/usr/local/bin/controlplane -entrypoint /usr/local/bin/controlplane
-	@$(IMAGE) -o $(IMAGES)/race/nodeproxy.tar -ref weft.dev/nodeproxy:race -link /var/run=/run -dir /tmp -dir /run -dir /host -file bin/race/nodeproxy=/usr/local/bin/nodeproxy -file $(ENVOY)=/usr/local/bin/envoy,0111 -entrypoint /usr/local/bin/nodeproxy
+	@$(PACK) -o $(IMAGES)/race/controlplane.tar -ref weft.dev/controlplane:race -user 15000 -file bin/race/controlplane=/usr/local/bin/controlplane -entrypoint /usr/local/bin/controlplane
+	@$(PACK) -o $(IMAGES)/race/nodeproxy.tar -ref weft.dev/nodeproxy:race -link /var/run=/run -dir /tmp -dir /run -dir /host -file bin/race/nodeproxy=/usr/local/bin/nodeproxy -file $(ENVOY)=/usr/local/bin/envoy,0111 -entrypoint /usr/local/bin/nodeproxy
 
 test-race: demo-prepare images-race ## A short e2e with controller, agent and supervisor under the race detector
 	@mkdir -p $(OUT)

@@ -5,10 +5,12 @@ package lab
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -64,11 +66,18 @@ func outer() (int, error) {
 		return 0, err
 	}
 	defer os.Remove(scratch) // what is mounted on it ends with the child
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", os.Args[1:]...)
 	cmd.Env = append(os.Environ(), cgroupVariable+"="+base, scratchVariable+"="+scratch)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWNS, UseCgroupFD: true, CgroupFD: int(dir.Fd()), Pdeathsig: unix.SIGKILL}
 	err = cmd.Run()
+	if ctx.Err() != nil {
+		removeCgroup(base)
+		fmt.Fprintln(os.Stderr, "\ninterrupted: what was made is removed")
+		return 130, nil
+	}
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		return max(exit.ExitCode(), 1), nil
