@@ -30,14 +30,15 @@ func (q port) judge() []*hcm.HttpFilter {
 			}
 			policies[key] = &rbac.Policy{Permissions: permissions(rule, action), Principals: principals(rule)}
 		}
-		if action == rbac.RBAC_DENY && q.comparesPaths() {
-			policies[ambiguousPath] = &rbac.Policy{Permissions: []*rbac.Permission{dotWithParameter()}, Principals: principals(nil)}
-		}
 		filters = append(filters, &hcm.HttpFilter{Name: name, ConfigType: &hcm.HttpFilter_TypedConfig{
 			TypedConfig: pack(&filter.RBAC{Rules: &rbac.RBAC{Action: action, Policies: policies}})}})
 	}
-	if len(q.deny) > 0 || q.comparesPaths() {
-		add("weft.deny", rbac.RBAC_DENY, q.deny)
+	deny := q.deny
+	if q.comparesPaths() {
+		deny = append(slices.Clone(deny), ambiguousPath)
+	}
+	if len(deny) > 0 {
+		add("weft.deny", rbac.RBAC_DENY, deny)
 	}
 	if q.restricted {
 		add("weft.allow", rbac.RBAC_ALLOW, q.allow)
@@ -45,15 +46,11 @@ func (q port) judge() []*hcm.HttpFilter {
 	return filters
 }
 
-// ambiguousPath names the policy that refuses a path which one decoding more would change.
-const ambiguousPath = "weft.ambiguous-path"
-
-// dotWithParameter matches a path with a segment "." or ".." that has a parameter. Envoy takes "/..;/" for "/../" and looks
-// before it decodes: what is left of "/%2e%2e;/" is judged here as it stands, and by an app, or on a way with one Envoy
-// more, as the folder above.
-func dotWithParameter() *rbac.Permission {
-	return path(&matcher.StringMatcher{MatchPattern: &matcher.StringMatcher_SafeRegex{SafeRegex: &matcher.RegexMatcher{Regex: `(?i).*/(\.|%2e){1,2};.*`}}})
-}
+// ambiguousPath denies a path with a segment "." or ".." that has a parameter, where rules look at paths. Envoy takes "/..;/" for
+// "/../" and looks before it decodes: what is left of "/%2e%2e;/" is judged here as it stands, and by an app, or on a way with
+// one Envoy more, as the folder above.
+var ambiguousPath = &meshv1.Rule{Name: "weft.ambiguous-path", Requests: []*meshv1.Request{{
+	Paths: []*meshv1.StringMatch{{Match: &meshv1.StringMatch_Regex{Regex: `(?i).*/(\.|%2e){1,2};.*`}}}}}}
 
 // comparesPaths reports whether any rule looks at paths.
 func (q port) comparesPaths() bool {
@@ -149,8 +146,9 @@ func permissions(rule *meshv1.Rule, action rbac.RBAC_Action) []*rbac.Permission 
 		}
 		if paths := request.GetPaths(); len(paths) > 0 {
 			var any []*rbac.Permission
-			for _, p := range paths {
-				any = append(any, path(stringMatcher(p)))
+			for _, path := range paths {
+				any = append(any, &rbac.Permission{Rule: &rbac.Permission_UrlPath{UrlPath: &matcher.PathMatcher{
+					Rule: &matcher.PathMatcher_Path{Path: stringMatcher(path)}}}})
 			}
 			all = append(all, either(any))
 		}
@@ -181,10 +179,6 @@ func stringMatcher(m *meshv1.StringMatch) *matcher.StringMatcher {
 }
 
 func anything() *rbac.Permission { return &rbac.Permission{Rule: &rbac.Permission_Any{Any: true}} }
-
-func path(m *matcher.StringMatcher) *rbac.Permission {
-	return &rbac.Permission{Rule: &rbac.Permission_UrlPath{UrlPath: &matcher.PathMatcher{Rule: &matcher.PathMatcher_Path{Path: m}}}}
-}
 
 func header(m *route.HeaderMatcher) *rbac.Permission {
 	return &rbac.Permission{Rule: &rbac.Permission_Header{Header: m}}
