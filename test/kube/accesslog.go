@@ -71,7 +71,7 @@ func (c *Cluster) FollowEnvoys(ctx context.Context, namespace string, hear func(
 }
 
 // followLog hears each line that a pod's container logs from now on. kubelet ends what follows a log now and then, with the
-// container running: it goes on from the last second before, whose lines are heard twice. container "": the pod's only one.
+// container running: it goes on from the last second before, whose lines are heard twice, until the pod is gone. container "": the pod's only one.
 func (c *Cluster) followLog(ctx context.Context, namespace, pod, container string, hear func(line []byte)) {
 	from, choose := "--tail=1", []string{}
 	if container != "" {
@@ -93,10 +93,12 @@ func (c *Cluster) followLog(ctx context.Context, namespace, pod, container strin
 			}
 			err = errors.Join(lines.Err(), cmd.Wait())
 		}
-		if ctx.Err() != nil {
+		if ctx.Err() != nil || strings.Contains(complaint.String(), "(NotFound)") {
 			return
 		}
-		fmt.Fprintf(os.Stderr, "the log of %s/%s ended, following it again: %v %s\n", namespace, pod, err, complaint.String())
+		if err != nil {
+			fmt.Fprintf(os.Stderr, "the log of %s/%s ended, following it again: %v %s\n", namespace, pod, err, complaint.String())
+		}
 		from = "--since-time=" + time.Now().Add(-time.Second).UTC().Format(time.RFC3339Nano)
 		select {
 		case <-ctx.Done():
