@@ -275,3 +275,8 @@ func ParseRefused(message string) map[string]string {
 	}
 	return refused
 }
+
+// Excluded tells of the namespaces that are never in the mesh besides its own: those that Kubernetes needs to repair itself.
+func Excluded(namespace string) bool {
+	return namespace == "kube-system" || namespace == "kube-public" || namespace == "kube-node-lease"
+}

@@ -34,6 +34,11 @@ cluster-check: preflight cluster-program ## List everything this machine lacks f
 cluster-load: cluster-program ## Put image tarballs on all nodes: IMAGE="file.tar ..."
 	@$(if $(IMAGE),,echo 'cluster-load: name the tarballs: make cluster-load IMAGE=file.tar' >&2; exit 1;) $(CLUSTER) load $(IMAGE)
 
+.PHONY: cluster-require
+cluster-require: cluster-program ## Let the nodes make no container while weft's agent is away (after helm install); PLUGINS= undoes it
+	@$(CLUSTER) require $(PLUGINS)
+PLUGINS ?= weft
+
 .PHONY: cluster-status
 cluster-status: cluster-program ## Show the cluster's machines and how to enter them
 	@$(CLUSTER) status

@@ -3,6 +3,7 @@ package cluster
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -75,6 +76,63 @@ func Load(ctx context.Context, dir string, files ...string) error {
 			return nil // stopped: it gets them by a later Load
 		}
 		return s.loadImages(ctx, n, files...)
+	})
+}
+
+// requiredFile is the part of containerd's configuration that Require writes.
+const requiredFile = "etc-containerd/conf.d/weft.toml"
+
+// required is the default validator of manifests/containerd.toml with plugins that have to be there: containerd replaces a
+// plugin's whole configuration.
+const required = `version = 3
+[plugins.'io.containerd.nri.v1.nri']
+  plugin_request_timeout = "10s"
+  [plugins.'io.containerd.nri.v1.nri'.default_validator]
+    enable = true
+    required_plugins = %s
+    tolerate_missing_plugins_annotation = "weft.dev/tolerate-missing"
+`
+
+// Require makes containerd of every node refuse containers while NRI plugins are not there, and restarts it; without a
+// name it requires none. A node that is stopped learns it at its next start.
+func Require(ctx context.Context, dir string, plugins ...string) error {
+	s, unlock, err := openLocked(ctx, dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	names, err := json.Marshal(append([]string{}, plugins...)) // TOML writes a list of strings as JSON does
+	if err != nil {
+		return err
+	}
+	return s.eachNode(func(n int) error {
+		if err := writeFile(s.path(nodeName(n), requiredFile), fmt.Appendf(nil, required, names), 0o644); err != nil {
+			return err
+		}
+		pid, err := s.initPID(nodeName(n))
+		if err != nil {
+			return nil
+		}
+		return restartContainerd(ctx, nodeName(n), pid)
+	})
+}
+
+// restartContainerd ends containerd of a machine, whose pid 1 starts it again, and waits until it answers.
+func restartContainerd(ctx context.Context, name string, pid int) error {
+	socket := fmt.Sprintf("/proc/%d/root/run/containerd/containerd.sock", pid)
+	old, err := os.Stat(socket)
+	if err != nil {
+		return fmt.Errorf("restart containerd of %s: %w", name, err)
+	}
+	if out, err := outside(ctx, "nsenter", append(enter(pid)[1:], "pkill", "-x", "containerd")...).CombinedOutput(); err != nil {
+		return fmt.Errorf("end containerd of %s: %w: %s", name, err, bytes.TrimSpace(out))
+	}
+	return waitFor(ctx, "containerd of "+name, apiTimeout, func(ctx context.Context) error {
+		if now, err := os.Stat(socket); err != nil || os.SameFile(old, now) {
+			return errors.New("its socket is the old one, or not there")
+		}
+		argv := append(enter(pid), binFolder+"/ctr", "version")
+		return outside(ctx, argv[0], argv[1:]...).Run()
 	})
 }
 

@@ -200,6 +200,9 @@ func TestConnectionLimit(t *testing.T) {
 	if err := k8s.UntilCondition(t.Context(), time.Minute, "mesh", "app=greedy", enforced, "True", nil); err != nil {
 		t.Fatal(err)
 	}
+	if err := k8s.UntilReady(t.Context(), time.Minute, "mesh", "app=greedy", nil); err != nil {
+		t.Fatal(err)
+	}
 	greedy := pod(t, "mesh", "greedy", "n2")
 	for _, c := range []struct {
 		name, counter string

@@ -400,25 +400,25 @@ spec:
 `, name, targets)
 }
 
-// newBusyShop is newShop under that load instead.
-func newBusyShop(t *testing.T) shop {
+// newShopUnder is newShop under a held load instead.
+func newShopUnder(t *testing.T, name, manifest string) shop {
 	t.Helper()
 	s := newShop(t)
 	if _, err := k8s.Kubectl(t.Context(), "delete", "daemonset", "-n", "shop", "load"); err != nil {
 		t.Fatal(err)
 	}
 	s.traffic.Stop()
-	if err := k8s.Apply(t.Context(), busy); err != nil {
+	if err := k8s.Apply(t.Context(), manifest); err != nil {
 		t.Fatal(err)
 	}
-	until(t, time.Minute, "busy pods", func() (bool, string) {
+	until(t, time.Minute, "the other load", func() (bool, string) {
 		pods, err := k8s.Pods(t.Context(), "shop", "app=load")
 		return err == nil && len(pods) == 0, "the old load is still there"
 	})
 	if err := k8s.UntilReady(t.Context(), time.Minute, "shop", "", nil); err != nil {
 		t.Fatal(err)
 	}
-	s.follow("app=busy")
+	s.follow("app=" + name)
 	return s
 }
 
@@ -435,7 +435,7 @@ var forms = []string{
 // TestPolicyChanges: §9, a policy changes its kind and its width under keep-alive and HTTP/2 load, and nothing is lost.
 func TestPolicyChanges(t *testing.T) {
 	alone(t, "shop")
-	s := newBusyShop(t)
+	s := newShopUnder(t, "busy", busy)
 	s.label("app in (busy,catalogue,prices)", true)
 	s.begin("app=busy")
 	var slowest time.Duration

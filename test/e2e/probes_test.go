@@ -59,14 +59,14 @@ func TestProbes(t *testing.T) {
 	for _, at := range placements {
 		t.Run("on "+at.node, func(t *testing.T) {
 			old := pod(t, "mesh", "probed", at.node)
-			first := hitsOf(t, old)["poststart"]
+			first := hitsOf(t, old, "app")["poststart"]
 			p := restart(t, old)
-			before, counted := hitsOf(t, p), hookEvents(t, at.node, "probe")
+			before, counted := hitsOf(t, p, "app"), hookEvents(t, at.node, "probe")
 			if n := before["poststart"] - first; n != p.Restarts-old.Restarts {
 				t.Errorf("the app saw %d calls of the restarted container's postStart hook, want %d", n, p.Restarts-old.Restarts)
 			}
 			until(t, time.Minute, "probes of every kind", func() (bool, string) {
-				now := hitsOf(t, p)
+				now := hitsOf(t, p, "app")
 				for _, kind := range []string{"http", "tcp", "grpc", "exec"} {
 					if now[kind]-before[kind] < 5 {
 						return false, fmt.Sprintf("the app saw %v, before %v", now, before)
@@ -111,9 +111,9 @@ func restart(t *testing.T, old kube.Pod) kube.Pod {
 }
 
 // hitsOf asks the app, inside its pod, what reached it.
-func hitsOf(t *testing.T, p kube.Pod) map[string]int {
+func hitsOf(t *testing.T, p kube.Pod, container string) map[string]int {
 	t.Helper()
-	out, err := k8s.Kubectl(t.Context(), "exec", "-n", p.Namespace, p.Name, "-c", "app", "--", "toolbox", "get", "http://127.0.0.1:8080/hits")
+	out, err := k8s.Kubectl(t.Context(), "exec", "-n", p.Namespace, p.Name, "-c", container, "--", "toolbox", "get", "http://127.0.0.1:8080/hits")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -117,7 +117,7 @@ func TestRootRotation(t *testing.T) {
 	reinstall(t, "--set", "controlplane.svidTTL=15m") // the shortest there is
 	t.Cleanup(func() { reinstall(t) })
 	beginAnew(t) // the root that is there has signed for longer, and stays until the last of those SVIDs ends
-	s := newBusyShop(t)
+	s := newShopUnder(t, "busy", busy)
 	apply(t, guarded)
 	s.label("app in (busy,catalogue,prices)", true)
 	s.begin("app=busy")

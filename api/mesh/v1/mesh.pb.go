@@ -394,10 +394,15 @@ func (x *Mesh) GetConnectionsPerPod() uint32 {
 // Namespace is the enrolment and mTLS decision of one namespace, named by the namespace, so that an agent can decide
 // about a new pod while the controller is away.
 type Namespace struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Enrol         bool                   `protobuf:"varint,2,opt,name=enrol,proto3" json:"enrol,omitempty"`
-	Mode          Mode                   `protobuf:"varint,3,opt,name=mode,proto3,enum=weft.mesh.v1.Mode" json:"mode,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Pods that say nothing join, if pod_selector selects them.
+	Enrol bool `protobuf:"varint,2,opt,name=enrol,proto3" json:"enrol,omitempty"`
+	Mode  Mode `protobuf:"varint,3,opt,name=mode,proto3,enum=weft.mesh.v1.Mode" json:"mode,omitempty"`
+	// Label selector in Kubernetes' text form. Empty: all pods.
+	PodSelector string `protobuf:"bytes,4,opt,name=pod_selector,json=podSelector,proto3" json:"pod_selector,omitempty"`
+	// No pod joins, whatever its own label says.
+	Closed        bool `protobuf:"varint,5,opt,name=closed,proto3" json:"closed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -451,6 +456,20 @@ func (x *Namespace) GetMode() Mode {
 		return x.Mode
 	}
 	return Mode_MODE_UNSPECIFIED
+}
+
+func (x *Namespace) GetPodSelector() string {
+	if x != nil {
+		return x.PodSelector
+	}
+	return ""
+}
+
+func (x *Namespace) GetClosed() bool {
+	if x != nil {
+		return x.Closed
+	}
+	return false
 }
 
 // Service is one Kubernetes Service, compact, named "namespace/name". It feeds the services map and the scopes.
@@ -2178,11 +2197,13 @@ const file_api_mesh_v1_mesh_proto_rawDesc = "" +
 	"\fdefault_mode\x18\x02 \x01(\x0e2\x12.weft.mesh.v1.ModeR\vdefaultMode\x12$\n" +
 	"\x0eforbid_opt_out\x18\x03 \x01(\bR\fforbidOptOut\x12\x1c\n" +
 	"\tuninstall\x18\x04 \x01(\bR\tuninstall\x12.\n" +
-	"\x13connections_per_pod\x18\x05 \x01(\rR\x11connectionsPerPod\"]\n" +
+	"\x13connections_per_pod\x18\x05 \x01(\rR\x11connectionsPerPod\"\x98\x01\n" +
 	"\tNamespace\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05enrol\x18\x02 \x01(\bR\x05enrol\x12&\n" +
-	"\x04mode\x18\x03 \x01(\x0e2\x12.weft.mesh.v1.ModeR\x04mode\"\x8a\x01\n" +
+	"\x04mode\x18\x03 \x01(\x0e2\x12.weft.mesh.v1.ModeR\x04mode\x12!\n" +
+	"\fpod_selector\x18\x04 \x01(\tR\vpodSelector\x12\x16\n" +
+	"\x06closed\x18\x05 \x01(\bR\x06closed\"\x8a\x01\n" +
 	"\aService\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n" +

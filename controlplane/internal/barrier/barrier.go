@@ -41,6 +41,7 @@ type pod struct {
 	published, policyPublished uint64
 	heard                      bool // its node has spoken of it
 	enforced                   bool // has been enforced in this sandbox
+	seeded                     bool // by the controller before this one
 	sandbox                    string
 }
 
@@ -49,7 +50,7 @@ type pod struct {
 func New(seed map[string]resolve.Decision) *Barrier {
 	b := &Barrier{pods: map[string]*pod{}}
 	for uid, d := range seed {
-		b.pods[uid] = &pod{Decision: d, enforced: d.Stage == ir.Enforced}
+		b.pods[uid] = &pod{Decision: d, enforced: d.Stage == ir.Enforced, seeded: true}
 	}
 	return b
 }
@@ -75,9 +76,9 @@ func (b *Barrier) Published(generation uint64) {
 	}
 }
 
-// Step moves every pod as far as it may go now; true: decisions changed.
+// Step moves every pod as far as it may go now; true: a generation is to be made of the decisions.
 func (b *Barrier) Step(v View) bool {
-	before := b.Decisions()
+	before, stale := b.Decisions(), false
 	for uid := range b.pods {
 		if v.Pods[uid] == nil {
 			delete(b.pods, uid)
@@ -91,19 +92,25 @@ func (b *Barrier) Step(v View) bool {
 			continue // never in, not to be in
 		case p == nil:
 			p = &pod{}
+			p.Lost = report == nil && !v.Synced[target.Node] && target.Goal != ir.Out // its node may have it enforce without a word yet
+			if captured(report) {                                                     // by an order that is not known here, or by its node alone: it leaves as any other does
+				p.Stage = ir.Captured
+			}
 			b.pods[uid] = p
 		}
 		if report != nil {
-			p.follow(report)
+			p.follow(report, target.Goal)
 		} else if v.Synced[target.Node] {
 			p.lose()
 		}
 		p.step(target.Goal, report, v.Answered)
 		if target.Goal == ir.Out && p.Stage == ir.Out && !p.MTLS && !captured(report) {
 			delete(b.pods, uid)
+			continue
 		}
+		stale = stale || p.published == 0 || p.policyPublished == 0 // even if it is again what it was
 	}
-	return !maps.Equal(before, b.Decisions())
+	return stale || !maps.Equal(before, b.Decisions())
 }
 
 func captured(r *meshv1.PodReport) bool {
@@ -111,7 +118,10 @@ func captured(r *meshv1.PodReport) bool {
 }
 
 // follow takes over what the kernel holds: after a restart of the controller, a reboot, a new sandbox.
-func (p *pod) follow(r *meshv1.PodReport) {
+func (p *pod) follow(r *meshv1.PodReport, goal ir.Stage) {
+	if !p.heard && !p.seeded {
+		p.Lost = false // now there is a word of it
+	}
 	if p.sandbox != "" && r.Sandbox != "" && p.sandbox != r.Sandbox {
 		p.lose()
 	}
@@ -121,7 +131,9 @@ func (p *pod) follow(r *meshv1.PodReport) {
 	switch r.State {
 	case meshv1.PodState_POD_STATE_ENFORCED:
 		p.enforced, p.Lost = true, false
-		if !p.heard { // the controller before this one had brought it this far: a step back would open it
+		// The controller before this one had brought it this far, and a step back would open it; or its node did so while nobody
+		// could speak to it. If it is to leave all the same, nobody has been told of it.
+		if !p.heard && (p.seeded || goal != ir.Out) {
 			p.Stage = ir.Enforced
 			p.setMTLS(true)
 		}
@@ -133,6 +145,9 @@ func (p *pod) follow(r *meshv1.PodReport) {
 		if p.MTLS {
 			p.lose()
 		}
+	}
+	if (r.State == meshv1.PodState_POD_STATE_PREPARING || r.State == meshv1.PodState_POD_STATE_FAILED) && !r.StartedUnheld && !p.MTLS {
+		p.Lost = true // a pod that is held will enforce at once: no plaintext to it meanwhile if it is Strict
 	}
 	p.heard = true
 }
@@ -178,7 +193,7 @@ func (p *pod) step(goal ir.Stage, r *meshv1.PodReport, answered uint64) {
 			p.setMTLS(false)
 			return
 		}
-		if !p.MTLS && agreed {
+		if !p.MTLS && agreed && r.GetState() != meshv1.PodState_POD_STATE_ENFORCED {
 			p.Stage = ir.Out
 		}
 		return

@@ -77,9 +77,13 @@ type Mesh struct {
 
 // Namespace is the decision for one namespace.
 type Namespace struct {
-	Name  string
-	Enrol bool
-	Mode  Mode
+	Name string
+	// Enrol: pods that say nothing join, if PodSelector (Kubernetes' text form; empty: all) selects them.
+	Enrol       bool
+	PodSelector string
+	// Closed: no pod joins, whatever its own label says.
+	Closed bool
+	Mode   Mode
 }
 
 // Service is one Kubernetes Service.

@@ -130,7 +130,12 @@ func (s *Store) take(name string, id uint64, r *meshv1.NodeReport) error {
 	return nil
 }
 
+// pod takes a report. Those of a new stream count when it has told everything, what is enforced at once: peers must know.
 func (n *node) pod(p *meshv1.PodReport) error {
+	if n.next != nil && p.State == meshv1.PodState_POD_STATE_ENFORCED && len(n.pods) < maxPods {
+		n.pods = maps.Clone(n.pods)
+		n.pods[p.Uid] = p
+	}
 	pods := n.next
 	if pods == nil {
 		pods = maps.Clone(n.pods)

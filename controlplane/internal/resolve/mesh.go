@@ -79,19 +79,15 @@ func modeOf(m v1alpha1.MTLSMode) ir.Mode {
 	return ir.Permissive
 }
 
-// excluded namespaces never join: the mesh's own and those that the Kubernetes cluster needs to repair itself.
-func (r *resolver) excluded(namespace string) bool {
-	switch namespace {
-	case "kube-system", "kube-public", "kube-node-lease", r.in.Namespace:
-		return true
-	}
-	return false
+// closed namespaces have no pod in the mesh, whatever labels say.
+func (r *resolver) closed(namespace string) bool {
+	return names.Excluded(namespace) || namespace == r.in.Namespace || r.config.enrolment == v1alpha1.EnrolOff || r.snap.Mesh.Uninstall
 }
 
 // namespaceIn tells whether pods of a namespace that say nothing join.
 func (r *resolver) namespaceIn(namespace string) bool {
 	n := r.namespaces[namespace]
-	if n == nil || r.excluded(namespace) || r.config.enrolment == v1alpha1.EnrolOff {
+	if n == nil || r.closed(namespace) {
 		return false
 	}
 	switch n.Labels[names.LabelMesh] {
@@ -105,7 +101,7 @@ func (r *resolver) namespaceIn(namespace string) bool {
 
 // goal is where labels and MeshConfig want a pod.
 func (r *resolver) goal(p *corev1.Pod) ir.Stage {
-	if r.excluded(p.Namespace) || r.config.enrolment == v1alpha1.EnrolOff || r.snap.Mesh.Uninstall {
+	if r.closed(p.Namespace) {
 		return ir.Out
 	}
 	in := r.namespaceIn(p.Namespace)
@@ -132,7 +128,13 @@ func (r *resolver) goal(p *corev1.Pod) ir.Stage {
 
 func (r *resolver) resolveNamespaces() {
 	r.snap.Namespaces = make(map[string]*ir.Namespace, len(r.in.Namespaces))
-	for name := range r.namespaces {
-		r.snap.Namespaces[name] = &ir.Namespace{Name: name, Enrol: r.namespaceIn(name), Mode: r.config.mode}
+	for name, n := range r.namespaces {
+		out := &ir.Namespace{Name: name, Enrol: r.namespaceIn(name), Closed: r.closed(name), Mode: r.config.mode}
+		if n.Labels[names.LabelMesh] != names.MeshEnabled {
+			out.PodSelector = r.config.pods.String()
+			_, selects := r.config.pods.Requirements() // that of nothing looks like that of everything
+			out.Enrol = out.Enrol && selects
+		}
+		r.snap.Namespaces[name] = out
 	}
 }

@@ -57,7 +57,7 @@ func buildMesh(s *ir.Snapshot, typeURL, name string) (proto.Message, bool) {
 		return mesh(s), name == meshName
 	case TypeNamespace:
 		if n := s.Namespaces[name]; n != nil {
-			return &meshv1.Namespace{Name: n.Name, Enrol: n.Enrol, Mode: mode(n.Mode)}, true
+			return &meshv1.Namespace{Name: n.Name, Enrol: n.Enrol, Mode: mode(n.Mode), PodSelector: n.PodSelector, Closed: n.Closed}, true
 		}
 	case TypeService:
 		namespace, service, _ := strings.Cut(name, "/")

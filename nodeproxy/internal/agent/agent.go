@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -112,7 +113,10 @@ func Run(ctx context.Context, c Config) error {
 	})
 	a.svids = svid.NewStore(svid.StoreConfig{Conn: a.connection, Give: a.giveSVID, Drop: a.dropSVID, Log: c.Log})
 	a.reporter = report.New(report.Config{Conn: a.connection, Node: c.Node, BootID: boot, Version: c.Version, Log: c.Log})
-	a.table = pods.New(pods.Config{Socket: c.NRISocket, NetnsDir: c.NetnsDir, Changed: func(uid string) { a.enroller.Changed(uid) }, Log: c.Log})
+	a.table = pods.New(pods.Config{
+		Socket: c.NRISocket, NetnsDir: c.NetnsDir, Hold: a.hold, Ended: func(uid, sandbox string) { a.enroller.Ended(uid, sandbox) }, Changed: func(uid string) { a.enroller.Changed(uid) }, Log: c.Log,
+		Admit: func(ctx context.Context, c pods.Container) error { return a.enroller.Admit(ctx, c) },
+	})
 	a.enroller = enrol.New(enrol.Config{
 		Kernel: kernel, Envoy: a.cache, Identities: a.svids, Wishes: a, Runtime: a.table.Get, Roots: a.self.RootsPEM,
 		Generation: a.generation, Report: a.reporter.Pod, Settle: c.Settle, Linger: c.Linger, AccessLog: c.AccessLog, Log: c.Log,
@@ -194,7 +198,6 @@ func (a *agent) run(ctx context.Context) error {
 	}()
 	go a.serveHTTP(ctx, cancel)
 	go envoy.Watch(ctx, filepath.Join(a.config.RunDir, envoy.SupervisorSocket), a.follow)
-	go a.table.Run(ctx)
 	go a.upstream.Run(ctx)
 	go a.reporter.Run(ctx)
 	go a.followBundle(ctx)
@@ -246,8 +249,17 @@ func (a *agent) sweep() {
 	}
 }
 
-// know waits until the runtime's pods and the controller's wishes are known, or the latter's last known ones have to do.
+// know waits until the controller's wishes and the runtime's pods are known, or the former's last known ones have to do. The
+// runtime is not answered before there are wishes to judge its new pods by.
 func (a *agent) know(ctx context.Context) error {
+	if !a.upstream.Restored() {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-a.upstream.Synced():
+		}
+	}
+	go a.table.Run(ctx)
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
@@ -283,6 +295,8 @@ func (a *agent) start(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read enrolled pods: %w", err)
 	}
+	// A gated pod has no listeners that Envoy could lose.
+	held = slices.DeleteFunc(held, func(p redirect.Pod) bool { now, err := a.kernel.Verify(p.UID); return err != nil || !now.Inbound })
 	var uids []string
 	for _, p := range held {
 		uids = append(uids, p.UID)

@@ -291,10 +291,11 @@ var (
 	proxyDied   = prometheus.NewDesc("weft_proxy_restarts_total", "Restarts of Envoy since its supervisor started.", nil, nil)
 	noProbes    = prometheus.NewDesc("weft_probes_refused", "1 while kubelet's probes do not pass Strict pods, for its cgroup is not its own or not there.", nil, nil)
 	preexisting = prometheus.NewDesc("weft_preexisting_connections", "Connections that the node's pods had when they were captured first: these stay outside the mesh until they end.", nil, nil)
+	unheld      = prometheus.NewDesc("weft_started_unheld_pods", "Pods in the mesh that ran before they were in it, for nothing held them.", nil, nil)
 )
 
 func (c *collector) Describe(out chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{hookEvents, proxyUp, proxyDied, noProbes, preexisting} {
+	for _, d := range []*prometheus.Desc{hookEvents, proxyUp, proxyDied, noProbes, preexisting, unheld} {
 		out <- d
 	}
 }
@@ -317,6 +318,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	}
 	out <- prometheus.MustNewConstMetric(noProbes, prometheus.GaugeValue, refused)
 	out <- prometheus.MustNewConstMetric(preexisting, prometheus.GaugeValue, float64(c.agent.reporter.Preexisting()))
+	out <- prometheus.MustNewConstMetric(unheld, prometheus.GaugeValue, float64(c.agent.reporter.Unheld()))
 	if s := c.agent.proxy.Load(); s != nil {
 		out <- prometheus.MustNewConstMetric(proxyDied, prometheus.CounterValue, float64(s.Restarts))
 	}

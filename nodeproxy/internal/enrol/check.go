@@ -39,21 +39,27 @@ func refuse(err error) error {
 	return fmt.Errorf("enrol: %w", err)
 }
 
-// check refuses pods whose connections cannot be captured rightly.
-func (e *Enroller) check(p pods.Pod, wish *meshv1.LocalPod) error {
+// otherSidecar is the name of Istio's container.
+const otherSidecar = "istio-proxy"
+
+var errOtherSidecar = errors.New("the pod has an Istio sidecar: remove it, then the pod can join")
+
+// check refuses pods whose connections cannot be captured rightly. What the API server says of a gated pod's addresses may still
+// be of its sandbox before: kubelet tells it after the containers were made.
+func (e *Enroller) check(p pods.Pod, wish *meshv1.LocalPod, gated bool) error {
 	for _, sandboxed := range []string{"kata", "gvisor", "runsc"} {
 		if strings.Contains(strings.ToLower(p.Runtime), sandboxed) {
 			return &Refusal{"RuntimeUnsupported", fmt.Errorf("runtime %s keeps the pod's sockets out of this kernel: run it with the default RuntimeClass", p.Runtime)}
 		}
 	}
-	if slices.Contains(p.Containers, "istio-proxy") {
-		return &Refusal{"OtherSidecar", errors.New("the pod has an Istio sidecar: remove it, then the pod can join")}
+	if slices.Contains(p.Containers, otherSidecar) {
+		return &Refusal{"OtherSidecar", errOtherSidecar}
 	}
 	if len(p.Addresses) == 0 {
 		return &Refusal{"NoAddress", errors.New("the runtime knows no address of the pod: see that its network came up")}
 	}
 	for _, raw := range wish.Addresses {
-		if a, ok := netip.AddrFromSlice(raw); ok && !slices.Contains(p.Addresses, a.Unmap()) {
+		if a, ok := netip.AddrFromSlice(raw); ok && !gated && !slices.Contains(p.Addresses, a.Unmap()) {
 			return &Refusal{"AddressMismatch", fmt.Errorf("the API server says %s, the runtime says %v: the pod's status is wrong, or of another sandbox", a, p.Addresses)}
 		}
 	}

@@ -24,6 +24,7 @@ import (
 
 // Kernel is what redirect does for a pod.
 type Kernel interface {
+	Gate(redirect.Pod) error
 	Enrol(redirect.Pod) error
 	Listening(uid string) ([]redirect.Listener, error)
 	Capture(uid string, inbound, outbound bool) error
@@ -96,7 +97,7 @@ const (
 	listenPoll  = 2 * time.Millisecond
 	verifyEvery = 5 * time.Second
 	lookAgain   = time.Second
-	workers     = 8
+	workers     = 32 // most of them wait for SVIDs or Envoy, if at all
 )
 
 // Enroller turns pods.
@@ -111,6 +112,9 @@ type Enroller struct {
 
 	mu   sync.Mutex
 	pods map[string]*state
+	// holds are the pods whose containers wait, by uid; waits is what they have cost the node lately.
+	holds map[string]*hold
+	waits budget
 
 	// trust guards rules: the authorisation secrets that Envoy has, by name. Each has the trust bundle inside.
 	trust sync.Mutex
@@ -130,6 +134,10 @@ type state struct {
 	generation uint32
 	// prepared: the kernel knows the pod; complete: its connections went to that Envoy, and capture has not ended since.
 	prepared, complete bool
+	// gated: nothing goes in or out of it yet, so that it can go to its policy at once: nobody speaks plaintext to it.
+	gated bool
+	// strict: it let nobody in by plaintext before this process.
+	strict bool
 	// moved is when the controller first asked to enforce: every Envoy had acknowledged that callers use mTLS here. Their
 	// workers have it Settle later, and only then is plaintext refused.
 	moved time.Time
@@ -150,7 +158,7 @@ type state struct {
 // New makes an Enroller; Run turns it.
 func New(c Config) *Enroller {
 	return &Enroller{
-		config: c, inspect: inspectNetns, count: countEstablished, now: time.Now, pods: map[string]*state{}, rules: map[string]lds.RuleSecret{},
+		config: c, inspect: inspectNetns, count: countEstablished, now: time.Now, pods: map[string]*state{}, holds: map[string]*hold{}, rules: map[string]lds.RuleSecret{},
 		queue: workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](200*time.Millisecond, 10*time.Second)),
 	}
 }
@@ -267,12 +275,20 @@ func (e *Enroller) reconcile(ctx context.Context, uid string) (again time.Durati
 		e.config.Envoy.Complete(uid)
 		return 0, ignoreUnknown(e.config.Kernel.Withdraw(uid))
 	}
-	if wish == nil {
-		return 0, nil // the controller has not spoken of it: leave it as it is
+	look := e.looks(running)
+	if s == nil && look > 0 {
+		e.gate(running) // the end of an earlier sandbox, or of an attempt, opened it
+	}
+	if wish == nil { // the controller has not spoken of it: leave it as it is
+		e.wait(running, look, errors.New("the controller has not told of it: see that weft-controlplane runs and that the node's agent reaches it"))
+		return 0, nil
 	}
 	if s == nil {
 		if wish.Stage == meshv1.Stage_STAGE_OUT && wish.Goal == meshv1.Stage_STAGE_OUT {
-			if held, err := e.held(uid); !held {
+			if _, known, err := e.look(uid); !known {
+				if err == nil {
+					e.letGo(uid, running.Sandbox)
+				}
 				return 0, err
 			}
 		}
@@ -284,8 +300,15 @@ func (e *Enroller) reconcile(ctx context.Context, uid string) (again time.Durati
 	before := s.stage
 	adopted := false
 	if before == meshv1.Stage_STAGE_OUT {
-		if adopted, err = e.captured(s); err != nil {
+		now, _, err := e.look(uid)
+		if err != nil {
 			return 0, err
+		}
+		// What this process has not captured an agent before it has: the pod stays so, and must not become Permissive on the way.
+		adopted, s.gated = now.Inbound && !now.Gated, now.Gated
+		s.strict = adopted && now.Strict
+		if !adopted { // a pod that has left the mesh comes back as one that runs
+			s.pod.Unheld = !s.gated && look == 0
 		}
 	}
 	err = e.step(ctx, s, wish)
@@ -301,14 +324,16 @@ func (e *Enroller) reconcile(ctx context.Context, uid string) (again time.Durati
 		if s.inbound.refused != nil {
 			s.reason = "Refused"
 		}
-		if s.stage == meshv1.Stage_STAGE_OUT && wish.Stage != meshv1.Stage_STAGE_OUT && !adopted && ctx.Err() == nil {
+		if s.stage == meshv1.Stage_STAGE_OUT && s.target(wish) != meshv1.Stage_STAGE_OUT && !adopted && ctx.Err() == nil {
 			e.undo(s)
 		}
 	} else {
 		s.reason, s.failure = "", ""
 	}
 	again = e.settle(s)
-	if left := e.report(s, wish); left && err == nil {
+	left := e.report(s, wish)
+	e.judgeHold(s, wish, look, left && err == nil, err)
+	if left && err == nil {
 		e.keep(uid, nil)
 		return 0, nil
 	}
@@ -325,11 +350,11 @@ func (e *Enroller) reconcile(ctx context.Context, uid string) (again time.Durati
 	return again, err
 }
 
-// held tells whether the kernel has a pod from before this process. A kernel that cannot be read is no "no": a Strict pod
+// look reads what the kernel holds of a pod; known: it holds something. A kernel that cannot be read is no "no": a Strict pod
 // would be opened.
-func (e *Enroller) held(uid string) (bool, error) {
-	_, err := e.config.Kernel.Verify(uid)
-	return err == nil, ignoreUnknown(err)
+func (e *Enroller) look(uid string) (now redirect.State, known bool, err error) {
+	now, err = e.config.Kernel.Verify(uid)
+	return now, err == nil, ignoreUnknown(err)
 }
 
 func ignoreUnknown(err error) error {
@@ -337,11 +362,4 @@ func ignoreUnknown(err error) error {
 		return nil
 	}
 	return err
-}
-
-// captured tells whether the kernel captures a pod. When this process has not done it, an agent before it has: the pod stays
-// captured, must not become Permissive on the way, and its Envoy has an SVID.
-func (e *Enroller) captured(s *state) (bool, error) {
-	now, err := e.config.Kernel.Verify(s.pod.UID)
-	return err == nil && now.Inbound, ignoreUnknown(err)
 }

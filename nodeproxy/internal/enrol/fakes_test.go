@@ -195,6 +195,16 @@ func turn(t *testing.T, e *Enroller) {
 
 type fakeKernel world
 
+func (k *fakeKernel) Gate(p redirect.Pod) error {
+	if err := (*world)(k).event("gate"); err != nil {
+		return err
+	}
+	if k.held[p.UID] == nil {
+		k.held[p.UID] = &redirect.State{Pod: p, Gated: true}
+	}
+	return nil
+}
+
 func (k *fakeKernel) Enrol(p redirect.Pod) error {
 	if err := (*world)(k).event("kernel enrols"); err != nil {
 		return err

@@ -19,7 +19,9 @@ import (
 type record struct {
 	Sandbox string
 	Settled string
-	Forms   []recordForm
+	// Held: its containers waited until it was in the mesh.
+	Held  bool
+	Forms []recordForm
 }
 
 type recordForm struct {
@@ -63,13 +65,13 @@ func (e *Enroller) recall(s *state, wish *meshv1.LocalPod) {
 		}
 		return
 	}
-	sandbox, in, err := decode(raw)
+	kept, in, err := decode(raw)
 	if err != nil {
 		e.config.Log.Warn("the pod's chains are not known", "pod", s.pod.UID, "error", err)
 		return
 	}
 	now, err := e.config.Kernel.Verify(s.pod.UID)
-	if err != nil || sandbox != s.pod.Sandbox || len(in.forms) == 0 || now.Strict && in.current().stage != meshv1.Stage_STAGE_ENFORCED {
+	if err != nil || kept.Sandbox != s.pod.Sandbox || len(in.forms) == 0 || now.Strict && in.current().stage != meshv1.Stage_STAGE_ENFORCED {
 		return
 	}
 	if in.given, err = lds.Listeners(e.pod(s, wish, in.forms)); err != nil {
@@ -79,10 +81,11 @@ func (e *Enroller) recall(s *state, wish *meshv1.LocalPod) {
 		in.drained = e.now().Add(e.config.Drain)
 	}
 	s.inbound = in
+	s.pod.Unheld = s.pod.Unheld && !kept.Held
 }
 
 func encode(s *state) ([]byte, error) {
-	r := record{Sandbox: s.pod.Sandbox, Settled: s.inbound.settled}
+	r := record{Sandbox: s.pod.Sandbox, Settled: s.inbound.settled, Held: !s.pod.Unheld}
 	for _, f := range s.inbound.forms {
 		kept := recordForm{Stage: f.stage, Hash: f.hash, ServerFirst: f.ServerFirst, MaxConnection: f.MaxConnection, Revision: f.Revision}
 		if f.Policy != nil {
@@ -97,21 +100,20 @@ func encode(s *state) ([]byte, error) {
 	return json.Marshal(r)
 }
 
-func decode(raw []byte) (sandbox string, in inbound, err error) {
-	var r record
+func decode(raw []byte) (r record, in inbound, err error) {
 	if err := json.Unmarshal(raw, &r); err != nil {
-		return "", in, fmt.Errorf("read record: %w", err)
+		return r, in, fmt.Errorf("read record: %w", err)
 	}
 	for _, kept := range r.Forms {
 		f := form{stage: kept.Stage, hash: kept.Hash, Form: lds.Form{ServerFirst: kept.ServerFirst, MaxConnection: kept.MaxConnection, Revision: kept.Revision}}
 		if kept.Policy != nil {
 			f.Policy = &meshv1.InboundPolicy{}
 			if err := proto.Unmarshal(kept.Policy, f.Policy); err != nil {
-				return "", in, fmt.Errorf("read policy %s: %w", kept.Hash, err)
+				return r, in, fmt.Errorf("read policy %s: %w", kept.Hash, err)
 			}
 		}
 		in.forms = append(in.forms, f)
 	}
 	in.settled = r.Settled
-	return r.Sandbox, in, nil
+	return r, in, nil
 }

@@ -165,13 +165,24 @@ func (e *Enroller) revision(s *state, wish *meshv1.LocalPod, next form) map[uint
 // deny refuses everybody after Envoy refused a policy, unless an earlier one is in force: that one stays.
 func (e *Enroller) deny(ctx context.Context, s *state, wish *meshv1.LocalPod) error {
 	if s.inbound.current().stage != meshv1.Stage_STAGE_ENFORCED {
-		nobody := form{stage: meshv1.Stage_STAGE_ENFORCED, Form: s.inbound.current().Form}
-		nobody.Policy = nil
-		if err := e.listen(ctx, s, wish, []form{nobody}); err != nil {
-			return fmt.Errorf("refuse everybody for want of a policy that Envoy takes: %w", err)
+		if err := e.nobody(ctx, s, wish); err != nil {
+			return err
 		}
 	}
 	return e.judge(s, wish)
+}
+
+// nobody lets nobody in.
+func (e *Enroller) nobody(ctx context.Context, s *state, wish *meshv1.LocalPod) error {
+	nobody := wished(s, wish, nil)
+	if len(s.inbound.forms) > 0 {
+		nobody.Form = s.inbound.current().Form
+	}
+	nobody.stage, nobody.Policy = meshv1.Stage_STAGE_ENFORCED, nil
+	if err := e.listen(ctx, s, wish, []form{nobody}); err != nil {
+		return fmt.Errorf("refuse everybody for want of a policy that Envoy takes: %w", err)
+	}
+	return nil
 }
 
 // retire takes the chains of earlier policies away once callers have moved to a later one.

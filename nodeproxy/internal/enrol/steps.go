@@ -13,16 +13,27 @@ import (
 	"github.com/weftmesh/weft/redirect"
 )
 
+// target is the stage that a pod is to be brought to now. One that is closed needs no stage between, for nobody speaks
+// plaintext to it; and one that enforces goes on while it is to: a step back would open it.
+func (s *state) target(wish *meshv1.LocalPod) meshv1.Stage {
+	if wish.Goal == meshv1.Stage_STAGE_ENFORCED && (s.gated || s.strict || s.stage == meshv1.Stage_STAGE_ENFORCED) {
+		return meshv1.Stage_STAGE_ENFORCED
+	}
+	return wish.Stage
+}
+
 // step moves a pod towards the stage that is wanted.
 func (e *Enroller) step(ctx context.Context, s *state, wish *meshv1.LocalPod) error {
-	if wish.Stage == meshv1.Stage_STAGE_OUT {
+	target := s.target(wish)
+	if target == meshv1.Stage_STAGE_OUT {
 		return e.withdraw(ctx, s)
 	}
 	if err := e.capture(ctx, s, wish); err != nil {
 		return err
 	}
 	policy := (*meshv1.InboundPolicy)(nil)
-	if wish.Stage != meshv1.Stage_STAGE_ENFORCED {
+	target = s.target(wish) // by now it may enforce, as the agent before this one left it
+	if target != meshv1.Stage_STAGE_ENFORCED {
 		s.moved = time.Time{}
 	} else {
 		if s.moved.IsZero() {
@@ -49,21 +60,21 @@ func (e *Enroller) early(s *state) time.Duration {
 	return s.moved.Add(e.config.Settle).Sub(e.now())
 }
 
-// capture makes a pod's listeners and hands its connections to them, Permissive and without rules.
+// capture makes a pod's listeners and hands its connections to them: Permissive and without rules, or a gated pod's by its
+// policy.
 func (e *Enroller) capture(ctx context.Context, s *state, wish *meshv1.LocalPod) error {
 	generation, live := e.config.Generation()
 	if s.complete && s.generation == generation {
 		return e.repair(ctx, s, live)
 	}
 	s.complete = false
-	held, err := s.prepared, error(nil)
-	if !held {
-		if held, err = e.held(s.pod.UID); err != nil {
-			return err
-		}
+	now, known, err := e.look(s.pod.UID)
+	if err != nil {
+		return err
 	}
+	held := s.prepared || known && (!now.Gated || len(now.Listeners) > 0)
 	if !held { // else it is Envoy that listens there, and that has connections
-		if err := e.check(s.pod, wish); err != nil {
+		if err := e.check(s.pod, wish, now.Gated); err != nil {
 			return err
 		}
 		if s.older, err = e.count(s.pod.NetnsPath); err != nil {
@@ -76,10 +87,7 @@ func (e *Enroller) capture(ctx context.Context, s *state, wish *meshv1.LocalPod)
 	if s.stage == meshv1.Stage_STAGE_OUT {
 		e.config.Report(&meshv1.PodReport{Uid: s.pod.UID, Sandbox: s.pod.Sandbox, State: meshv1.PodState_POD_STATE_PREPARING, StartedUnheld: s.pod.Unheld})
 	}
-	adopted, err := e.captured(s)
-	if err != nil {
-		return err
-	}
+	adopted := now.Inbound && !now.Gated
 	if err := e.identify(ctx, s, wish, adopted); err != nil {
 		return err
 	}
@@ -104,7 +112,7 @@ func (e *Enroller) capture(ctx context.Context, s *state, wish *meshv1.LocalPod)
 	if err := e.switchOn(s, adopted); err != nil {
 		return err
 	}
-	s.stage, s.mode, s.leaving, s.left, s.complete = current.stage, mode, time.Time{}, time.Time{}, true
+	s.stage, s.mode, s.leaving, s.left, s.complete, s.gated = current.stage, mode, time.Time{}, time.Time{}, true, false
 	return nil
 }
 
@@ -113,9 +121,20 @@ func (e *Enroller) capture(ctx context.Context, s *state, wish *meshv1.LocalPod)
 func (e *Enroller) open(ctx context.Context, s *state, wish *meshv1.LocalPod, adopted bool) error {
 	current := s.inbound.current()
 	switch {
+	case s.gated && s.target(wish) == meshv1.Stage_STAGE_ENFORCED:
+		policy := e.config.Wishes.Policy(wish.InboundPolicy)
+		if policy == nil {
+			return fmt.Errorf("policy %s has not come from the controller yet", wish.InboundPolicy)
+		}
+		err := e.change(ctx, s, wish, wished(s, wish, policy))
+		var no *relay.Refused
+		if errors.As(err, &no) { // the pod starts, and nobody is let in
+			return e.nobody(ctx, s, wish)
+		}
+		return err
 	case current.stage == meshv1.Stage_STAGE_CAPTURED, adopted && current.stage == meshv1.Stage_STAGE_ENFORCED:
 		return e.listen(ctx, s, wish, s.inbound.forms)
-	case adopted && wish.Stage == meshv1.Stage_STAGE_ENFORCED: // and nobody knows what Envoy has
+	case adopted && s.target(wish) == meshv1.Stage_STAGE_ENFORCED: // and nobody knows what Envoy has
 		policy := e.config.Wishes.Policy(wish.InboundPolicy)
 		if policy == nil {
 			return fmt.Errorf("policy %s has not come from the controller yet", wish.InboundPolicy)
@@ -183,6 +202,8 @@ func (e *Enroller) withdraw(ctx context.Context, s *state) error {
 		switch {
 		case !s.prepared && errors.Is(err, redirect.ErrUnknownPod):
 			return nil
+		case err == nil && now.Gated:
+			return e.end(s) // nothing has begun yet
 		case err == nil && !now.Inbound: // an agent before this one has ended it already
 			s.left = time.Now()
 		case ignoreUnknown(err) != nil:
@@ -241,9 +262,12 @@ func (e *Enroller) end(s *state) error {
 
 func short(sandbox string) string { return sandbox[:min(len(sandbox), 12)] }
 
-// undo leaves nothing of a refused pod.
+// undo leaves nothing of a refused pod; one whose containers wait is closed again.
 func (e *Enroller) undo(s *state) {
 	if err := e.end(s); err != nil {
 		e.config.Log.Warn("undo enrolment", "pod", s.pod.UID, "error", err)
+	}
+	if e.heldBack(s.pod) {
+		e.gate(s.pod)
 	}
 }

@@ -30,10 +30,19 @@ type Pod struct {
 	Containers []string
 	// Runtime is the RuntimeClass's handler; empty: the default.
 	Runtime string
+	// Static: the API server knows it under another uid, if at all; kubelet or another client made it by itself.
+	Static bool
 	// Unheld: it ran before the agent learnt of it.
 	Unheld bool
 	// Since is when the agent learnt of it.
 	Since time.Time
+}
+
+// Container is one that is to be made.
+type Container struct {
+	// UID and Sandbox are its pod's.
+	UID, Sandbox string
+	Name         string
 }
 
 // Config of a Table.
@@ -42,6 +51,12 @@ type Config struct {
 	Socket string
 	// NetnsDir is where this process sees the runtime's netns files: the runtime's /run/netns.
 	NetnsDir string
+	// Hold is asked about each pod in which no container has been made yet; true: Admit lets each of its containers be made.
+	Hold func(Pod) bool
+	// Admit waits until a container may be made; its error becomes the runtime's, and kubelet tries again.
+	Admit func(context.Context, Container) error
+	// Ended is told of each sandbox that is gone, before Changed.
+	Ended func(uid, sandbox string)
 	// Changed is called, without blocking, with the uid of a pod that came, changed or went.
 	Changed func(uid string)
 	Log     *slog.Logger
@@ -107,10 +122,12 @@ func (t *Table) Run(ctx context.Context) {
 }
 
 func (t *Table) connect(ctx context.Context) error {
-	s, err := stub.New(&plugin{t}, stub.WithPluginName("weft"), stub.WithPluginIdx("00"), stub.WithSocketPath(t.config.Socket))
+	p := &plugin{table: t}
+	s, err := stub.New(p, stub.WithPluginName("weft"), stub.WithPluginIdx("00"), stub.WithSocketPath(t.config.Socket))
 	if err != nil {
 		return fmt.Errorf("make NRI plugin: %w", err)
 	}
+	p.requests = s.RequestTimeout
 	if err := s.Run(ctx); err != nil {
 		return fmt.Errorf("run NRI plugin on %s: %w", t.config.Socket, err)
 	}
@@ -118,7 +135,14 @@ func (t *Table) connect(ctx context.Context) error {
 }
 
 // plugin has the methods that the stub looks for.
-type plugin struct{ table *Table }
+type plugin struct {
+	table *Table
+	// requests is the runtime's limit for one of them: after it this plugin counts as dead.
+	requests func() time.Duration
+}
+
+// answerMargin is how long before the runtime's limit an answer has to be given.
+const answerMargin = time.Second / 2
 
 // Synchronize tells of all running pods.
 func (p *plugin) Synchronize(_ context.Context, sandboxes []*api.PodSandbox, containers []*api.Container) ([]*api.ContainerUpdate, error) {
@@ -137,6 +161,13 @@ func (p *plugin) Synchronize(_ context.Context, sandboxes []*api.PodSandbox, con
 			}
 		}
 	}
+	for uid, pod := range now {
+		if old, ok := t.Get(uid); (!ok || old.Sandbox != pod.Sandbox) && len(pod.Containers) == 0 {
+			pod.Unheld = !t.config.Hold(pod)
+			now[uid] = pod
+		}
+	}
+	var ended []Pod
 	t.mu.Lock()
 	changed := map[string]bool{}
 	for uid, pod := range now {
@@ -146,11 +177,17 @@ func (p *plugin) Synchronize(_ context.Context, sandboxes []*api.PodSandbox, con
 		}
 		changed[uid] = true
 	}
-	for uid := range t.pods {
+	for uid, old := range t.pods {
 		changed[uid] = true
+		if now[uid].Sandbox != old.Sandbox {
+			ended = append(ended, old)
+		}
 	}
 	t.pods = now
 	t.mu.Unlock()
+	for _, p := range ended {
+		t.config.Ended(p.UID, p.Sandbox)
+	}
 	t.once.Do(func() { close(t.synced) })
 	for uid := range changed {
 		t.config.Changed(uid)
@@ -181,8 +218,24 @@ func (p *plugin) RunPodSandbox(_ context.Context, s *api.PodSandbox) error {
 	if !ok {
 		return nil
 	}
-	pod.Unheld = true // nothing holds its containers back
+	pod.Unheld = !p.table.config.Hold(pod)
 	p.table.set(pod)
+	return nil
+}
+
+// ValidateContainerAdjustment is asked before a container is made.
+func (p *plugin) ValidateContainerAdjustment(ctx context.Context, r *api.ValidateContainerAdjustmentRequest) error {
+	limit := time.Now().Add(p.requests())
+	if call, ok := ctx.Deadline(); ok && call.Before(limit) {
+		limit = call
+	}
+	ctx, cancel := context.WithDeadline(ctx, limit.Add(-answerMargin))
+	defer cancel()
+	c := Container{UID: r.GetPod().GetUid(), Sandbox: r.GetPod().GetId(), Name: r.GetContainer().GetName()}
+	if err := p.table.config.Admit(ctx, c); err != nil {
+		p.table.config.Log.Warn("container is not let in", "pod", c.UID, "container", c.Name, "error", err)
+		return fmt.Errorf("weft: %w", err)
+	}
 	return nil
 }
 
@@ -224,6 +277,7 @@ func (t *Table) remove(s *api.PodSandbox) {
 		delete(t.pods, s.Uid)
 	}
 	t.mu.Unlock()
+	t.config.Ended(s.Uid, s.Id)
 	if ok {
 		t.config.Changed(s.Uid)
 	}
@@ -242,7 +296,7 @@ func (t *Table) read(s *api.PodSandbox) (Pod, bool) {
 	}
 	pod := Pod{
 		UID: s.Uid, Namespace: s.Namespace, Name: s.Name, Sandbox: s.Id, NetnsPath: filepath.Join(t.config.NetnsDir, filepath.Base(path)),
-		Labels: s.Labels, Runtime: s.RuntimeHandler, Since: time.Now(),
+		Labels: s.Labels, Runtime: s.RuntimeHandler, Since: time.Now(), Static: s.Annotations["kubernetes.io/config.source"] != "api",
 	}
 	for _, ip := range s.Ips {
 		if a, err := netip.ParseAddr(ip); err == nil {

@@ -1,12 +1,16 @@
 package pods
 
 import (
+	"context"
+	"errors"
 	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/nri/pkg/api"
 )
@@ -15,11 +19,27 @@ import (
 type runtime struct {
 	*plugin
 	changed []string
+	// holds are the pods that are held, and refused why their containers are not made.
+	holds   map[string]bool
+	refused error
+	ended   []string
 }
 
 func newRuntime() *runtime {
 	r := &runtime{}
-	r.plugin = &plugin{New(Config{NetnsDir: "/host/netns", Changed: func(uid string) { r.changed = append(r.changed, uid) }, Log: slog.New(slog.DiscardHandler)})}
+	table := New(Config{
+		NetnsDir: "/host/netns", Changed: func(uid string) { r.changed = append(r.changed, uid) }, Log: slog.New(slog.DiscardHandler),
+		Ended: func(uid, sandbox string) { r.ended = append(r.ended, uid+"/"+sandbox) },
+		Hold:  func(p Pod) bool { return r.holds[p.UID] },
+		Admit: func(ctx context.Context, c Container) error {
+			if r.holds[c.UID] && r.refused == nil {
+				<-ctx.Done()
+				return ctx.Err()
+			}
+			return r.refused
+		},
+	})
+	r.plugin = &plugin{table, func() time.Duration { return answerMargin + 20*time.Millisecond }}
 	return r
 }
 
@@ -34,7 +54,8 @@ func (r *runtime) took() []string {
 func sandbox(uid, id string) *api.PodSandbox {
 	return &api.PodSandbox{
 		Id: id, Uid: uid, Namespace: "shop", Name: "till", Labels: map[string]string{"app": "till"}, RuntimeHandler: "runc", Ips: []string{"10.1.0.7", "::ffff:10.1.0.8", "fd00::7", "nonsense"},
-		Linux: &api.LinuxPodSandbox{Namespaces: []*api.LinuxNamespace{{Type: "pid", Path: "/proc/1/ns/pid"}, {Type: "network", Path: "/var/run/netns/cni-" + id}}},
+		Annotations: map[string]string{"kubernetes.io/config.source": "api"},
+		Linux:       &api.LinuxPodSandbox{Namespaces: []*api.LinuxNamespace{{Type: "pid", Path: "/proc/1/ns/pid"}, {Type: "network", Path: "/var/run/netns/cni-" + id}}},
 	}
 }
 
@@ -101,6 +122,35 @@ func TestSynchronizeTellsOfAllPods(t *testing.T) {
 	}
 	if got := r.took(); !slices.Equal(got, []string{"a", "b"}) {
 		t.Errorf("told of %v", got)
+	}
+}
+
+// TestNewPodIsHeld: before its first container, and one that got none while the agent was away.
+func TestNewPodIsHeld(t *testing.T) {
+	r := newRuntime()
+	r.holds = map[string]bool{"a": true, "waits": true, "runs": true}
+	call(t, r.RunPodSandbox(t.Context(), sandbox("a", "1")))
+	call(t, r.RunPodSandbox(t.Context(), sandbox("b", "2")))
+	all := []*api.PodSandbox{sandbox("a", "1"), sandbox("b", "2"), sandbox("waits", "3"), sandbox("runs", "4")}
+	for range 2 { // the runtime came back
+		_, err := r.Synchronize(t.Context(), all, []*api.Container{{Name: "app", PodSandboxId: "4"}})
+		call(t, err)
+		for uid, unheld := range map[string]bool{"a": false, "b": true, "waits": false, "runs": true} {
+			if p, _ := r.table.Get(uid); p.Unheld != unheld {
+				t.Errorf("%s started unheld: %t", uid, p.Unheld)
+			}
+		}
+	}
+	create := func(uid string) error {
+		return r.ValidateContainerAdjustment(t.Context(), &api.ValidateContainerAdjustmentRequest{Pod: &api.PodSandbox{Uid: uid}, Container: &api.Container{Name: "app"}})
+	}
+	call(t, create("b"))
+	if err := create("a"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a held pod's container: %v", err)
+	}
+	r.refused = errors.New("no SVID")
+	if err := create("a"); !errors.Is(err, r.refused) || !strings.HasPrefix(err.Error(), "weft: ") {
+		t.Errorf("a refused pod's container: %v", err)
 	}
 }
 

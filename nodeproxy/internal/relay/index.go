@@ -36,6 +36,14 @@ func (u *Upstream) Mesh() *meshv1.Mesh {
 	return nil
 }
 
+// Namespace returns one namespace, nil when the controller has not spoken of it.
+func (u *Upstream) Namespace(name string) *meshv1.Namespace {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	n, _ := u.bodies[Key{TypeNamespace, name}].(*meshv1.Namespace)
+	return n
+}
+
 // Services of the mesh, by name.
 func (u *Upstream) Services() []*meshv1.Service { return list[*meshv1.Service](u, TypeService) }
 

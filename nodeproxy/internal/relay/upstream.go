@@ -156,6 +156,13 @@ func (u *Upstream) Restore(resources []Resource) {
 	}
 }
 
+// Live tells whether a stream to the controller is open.
+func (u *Upstream) Live() bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.live
+}
+
 // Restored tells whether Restore brought an index.
 func (u *Upstream) Restored() bool {
 	u.mu.Lock()

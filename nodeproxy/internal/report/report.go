@@ -62,6 +62,18 @@ func (r *Reporter) Preexisting() (sum uint64) {
 	return sum
 }
 
+// Unheld counts the node's pods in the mesh whose containers nothing held back until they were.
+func (r *Reporter) Unheld() (count int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, p := range r.pods {
+		if p.StartedUnheld && (p.State == meshv1.PodState_POD_STATE_CAPTURED || p.State == meshv1.PodState_POD_STATE_ENFORCED) {
+			count++
+		}
+	}
+	return count
+}
+
 // Health changes what the node says of itself.
 func (r *Reporter) Health(change func(*meshv1.NodeHealth)) {
 	r.mu.Lock()

@@ -78,6 +78,8 @@ func commands(dir string) *cobra.Command {
 		stop,
 		node(&cobra.Command{Use: "node-start", Short: "Start a stopped node, with a new boot id", Args: cobra.NoArgs,
 			RunE: func(c *cobra.Command, _ []string) error { return cluster.StartNode(c.Context(), dir, n) }}),
+		&cobra.Command{Use: "require [PLUGIN...]", Short: "Let containerd make no container while these NRI plugins are missing",
+			RunE: func(c *cobra.Command, plugins []string) error { return cluster.Require(c.Context(), dir, plugins...) }},
 		&cobra.Command{Use: "status", Short: "Show the machines and how to enter them", Args: cobra.NoArgs,
 			RunE: func(c *cobra.Command, _ []string) error {
 				text, err := cluster.Status(c.Context(), dir)
