@@ -209,30 +209,9 @@ func TestStrangersAndNewPods(t *testing.T) {
 	if err := k8s.UntilReady(t.Context(), time.Minute, "outside", "app=last", nil); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	strangers := map[string]bool{}
-	var tries sync.WaitGroup
-	for _, at := range placements {
-		from := pod(t, "outside", "stranger", at.node)
-		strangers[from.IPs[0]] = true
-		var calls []call
-		next := netip.MustParseAddr(pod(t, "outside", "last", "n2").IPs[0])
-		for range fresh + 8 {
-			next = next.Next()
-			calls = append(calls, call{URL: "http://" + next.String() + ":8080/hit/stranger", Timeout: 300}, call{Address: next.String() + ":9000", Line: "x", Timeout: 300})
-		}
-		for range 2 { // one is always under way
-			tries.Go(func() {
-				for ctx.Err() == nil {
-					if _, err := batch(ctx, from, calls); err != nil && ctx.Err() == nil {
-						t.Error(err)
-					}
-				}
-			})
-		}
-	}
-	heard := bytesTo(t, slices.Collect(maps.Keys(strangers)))
+	last := netip.MustParseAddr(pod(t, "outside", "last", "n2").IPs[0])
+	heard := bytesTo(t, "n2", pod(t, "outside", "stranger", "n1"), pod(t, "outside", "stranger", "n2"))
+	defer knock(t, last, fresh+8, "n1", "n2")()
 	manifest := control
 	for i := range fresh {
 		manifest += podOn(fmt.Sprintf("fresh-%d", i), "n2", "mesh", "group: new", `args: [serve]`)
@@ -256,8 +235,30 @@ func TestStrangersAndNewPods(t *testing.T) {
 			t.Errorf("%s sent a stranger %d packets with bytes", p.Name, n)
 		}
 	}
-	cancel()
-	tries.Wait()
+}
+
+// knock lets strangers on some nodes call the addresses after one, without pause, until stop is called.
+func knock(t *testing.T, last netip.Addr, addresses int, nodes ...string) (stop func()) {
+	t.Helper()
+	var calls []call
+	for next := last.Next(); len(calls) < 2*addresses; next = next.Next() {
+		calls = append(calls, call{URL: "http://" + next.String() + ":8080/hit/stranger", Timeout: 300}, call{Address: next.String() + ":9000", Line: "x", Timeout: 300})
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var tries sync.WaitGroup
+	for _, node := range nodes {
+		from := pod(t, "outside", "stranger", node)
+		for range 2 { // one is always under way
+			tries.Go(func() {
+				for ctx.Err() == nil {
+					if _, err := batch(ctx, from, calls); err != nil && ctx.Err() == nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+	}
+	return func() { cancel(); tries.Wait() }
 }
 
 // answers counts packets with a payload by the address that sent them.
@@ -270,12 +271,16 @@ func (a *answers) from(ip string) int { a.mu.Lock(); defer a.mu.Unlock(); return
 
 var sender = regexp.MustCompile(`IP (\d+\.\d+\.\d+\.\d+)\.\d+ > `)
 
-// bytesTo listens on every interface of n2 for TCP payload to some addresses.
-func bytesTo(t *testing.T, addresses []string) *answers {
+// bytesTo listens on every interface of a node for TCP payload to some pods.
+func bytesTo(t *testing.T, node string, to ...kube.Pod) *answers {
 	t.Helper()
+	var hosts []string
+	for _, p := range to {
+		hosts = append(hosts, "dst host "+p.IPs[0])
+	}
 	ctx, cancel := context.WithCancel(context.Background())
-	cmd := machine(t, "n2").NetCommand(ctx, "tcpdump", "-i", "any", "--immediate-mode", "-n", "-l", "-q",
-		"(dst host "+strings.Join(addresses, " or dst host ")+") and tcp and (ip[2:2] - ((ip[0] & 0xf) << 2) - ((tcp[12] & 0xf0) >> 2)) != 0")
+	cmd := machine(t, node).NetCommand(ctx, "tcpdump", "-i", "any", "--immediate-mode", "-n", "-l", "-q",
+		"("+strings.Join(hosts, " or ")+") and tcp and (ip[2:2] - ((ip[0] & 0xf) << 2) - ((tcp[12] & 0xf0) >> 2)) != 0")
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -102,13 +102,18 @@ func nodeproxyOn(t *testing.T, node string) nodeproxyPod {
 	return p
 }
 
-// processOf finds the process of a pod whose command line begins with a program and an argument.
 func processOf(t *testing.T, uid, program, argument string) int {
 	t.Helper()
-	groups, err := filepath.Glob("/proc/[0-9]*/cgroup")
-	if err != nil {
-		t.Fatal(err)
+	pid, found := findProcess(uid, program, argument)
+	if !found {
+		t.Fatalf("no process %s %s in pod %s", program, argument, uid)
 	}
+	return pid
+}
+
+// findProcess finds the process of a pod whose command line begins with a program and an argument.
+func findProcess(uid, program, argument string) (pid int, found bool) {
+	groups, _ := filepath.Glob("/proc/[0-9]*/cgroup") // fails for a bad pattern alone
 	for _, file := range groups {
 		group, err := os.ReadFile(file)
 		if err != nil || !strings.Contains(strings.ReplaceAll(string(group), "_", "-"), uid) {
@@ -118,14 +123,10 @@ func processOf(t *testing.T, uid, program, argument string) int {
 		words := strings.Split(string(command), "\x00")
 		if err == nil && filepath.Base(words[0]) == program && (argument == "" || len(words) > 1 && words[1] == argument) {
 			pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
-			if err != nil {
-				t.Fatal(err)
-			}
-			return pid
+			return pid, err == nil
 		}
 	}
-	t.Fatalf("no process %s %s in pod %s", program, argument, uid)
-	return 0
+	return 0, false
 }
 
 // TestNodeRights: §3, the node pod has what the chart says and no more, and Envoy of that one capability alone.

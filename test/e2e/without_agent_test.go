@@ -5,6 +5,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -70,9 +71,14 @@ func TestAgentAway(t *testing.T) {
 				}
 			}
 		}
+		enterStrict(t)
 		if err := cluster.StopNode(t.Context(), root, n.Number, true); err != nil {
 			t.Fatal(err)
 		}
+		// A stranger on the other node tries whatever address a pod may get; they are given anew from the first one.
+		other := placements[slices.IndexFunc(placements, func(at placement) bool { return at.node != n.Name })].node
+		heard := bytesTo(t, other, pod(t, "outside", "stranger", other))
+		defer knock(t, n.Pods4.Addr().Next(), 24, other)()
 		if err := cluster.StartNode(t.Context(), root, n.Number); err != nil {
 			t.Fatal(err)
 		}
@@ -100,6 +106,15 @@ func TestAgentAway(t *testing.T) {
 			}
 			return true, ""
 		})
+		open := pod(t, "outside", "stranger", n.Name).IPs[0]
+		until(t, time.Minute, "the stranger to reach a pod outside the mesh", func() (bool, string) {
+			return heard.from(open) > 20, fmt.Sprintf("%d packets with bytes from %s", heard.from(open), open)
+		})
+		for _, p := range pods(t, "mesh", "") {
+			if n := heard.from(p.IPs[0]); p.Node == dns[0].Node && n > 0 {
+				t.Errorf("%s sent a stranger %d packets with bytes", p.Name, n)
+			}
+		}
 	})
 }
 
