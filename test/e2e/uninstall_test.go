@@ -198,8 +198,10 @@ func weftsOwn(change snapshot.Change) bool {
 		return change.Before != "" && change.After != ""
 	case snapshot.NetNamespace:
 		return change.Before == ""
-	case snapshot.ControlGroup:
-		return change.Before == "" && !kubepods.MatchString(change.String())
+	case snapshot.ControlGroup: // elsewhere weft makes none, and others may
+		text := change.String()
+		ours := strings.Contains(text, "weft") || strings.Contains(text, filepath.Base(filepath.Dir(k8s.Nodes[0].CgroupV2)))
+		return ours && change.Before == "" && !kubepods.MatchString(text)
 	}
 	return false
 }
