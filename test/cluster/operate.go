@@ -124,7 +124,8 @@ func restartContainerd(ctx context.Context, name string, pid int) error {
 	if err != nil {
 		return fmt.Errorf("restart containerd of %s: %w", name, err)
 	}
-	if out, err := outside(ctx, "nsenter", append(enter(pid)[1:], "pkill", "-x", "containerd")...).CombinedOutput(); err != nil {
+	const end = `for p in /proc/[0-9]*; do read -r name <$p/comm && [ "$name" = containerd ] && kill "${p#/proc/}" && ended=1; done 2>/dev/null; [ "$ended" ]`
+	if out, err := outside(ctx, "nsenter", append(enter(pid)[1:], "sh", "-c", end)...).CombinedOutput(); err != nil {
 		return fmt.Errorf("end containerd of %s: %w: %s", name, err, bytes.TrimSpace(out))
 	}
 	return waitFor(ctx, "containerd of "+name, apiTimeout, func(ctx context.Context) error {
