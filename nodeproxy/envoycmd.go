@@ -54,4 +54,11 @@ func newEnvoyExecCommand() *cobra.Command {
 	}
 }
 
+func newEnvoyBrokerCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "envoy-broker", Hidden: true, Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error { return envoy.Broker() },
+	}
+}
+
 func agentSocket(runDir string) string { return filepath.Join(runDir, envoy.AgentSocket) }

@@ -20,7 +20,7 @@ func init() { runtime.LockOSThread() }
 
 func main() {
 	root := &cobra.Command{Use: "nodeproxy", Short: "weft on a node", SilenceUsage: true, Version: version(debug.ReadBuildInfo())}
-	root.AddCommand(newAgentCommand(), newEnvoyCommand(), newEnvoyExecCommand(), newReleaseCommand())
+	root.AddCommand(newAgentCommand(), newEnvoyCommand(), newEnvoyExecCommand(), newEnvoyBrokerCommand(), newReleaseCommand())
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := root.ExecuteContext(ctx); err != nil {

@@ -10,12 +10,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weftmesh/weft/test/kube"
 	"github.com/weftmesh/weft/test/load"
 )
 
 var (
-	kills = flag.Int("kills", 6, "times that an agent is killed under load (make soak: 100)")
-	away  = flag.Duration("away", 30*time.Second, "how long all controllers stay away under load (make soak: 10m)")
+	kills   = flag.Int("kills", 6, "times that an agent is killed under load (make soak: 100)")
+	crashes = flag.Int("crashes", 4, "times that Envoy is killed under load (make soak: 100)")
+	away    = flag.Duration("away", 30*time.Second, "how long all controllers stay away under load (make soak: 10m)")
 )
 
 // newEnrolledShop is the shop under its usual load, all of it in the mesh, with Strict callees under policies.
@@ -104,4 +106,32 @@ func TestControllersAwayForLong(t *testing.T) {
 	inMesh(t, "app=late", "Captured")
 	sum := s.leave()
 	t.Logf("away for %v: %d requests, %d connections", *away, sum.Requests, sum.Connections)
+}
+
+// TestEnvoyKilledUnderLoad: with an Envoy only what it had in hand is lost, at most one request of each client; connections that
+// come while it is away wait.
+func TestEnvoyKilledUnderLoad(t *testing.T) {
+	s := newEnrolledShop(t)
+	clients := uint64(0)
+	for range s.traffic.ByPod() {
+		clients += 15 // examples/shop/load.yaml
+	}
+	for i := range *crashes {
+		before := s.fresh()
+		node := placements[i%2].node
+		if err := syscall.Kill(processOf(t, nodeproxyOn(t, node).Metadata.UID, "envoy", ""), syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		s.dwell(300)
+		lost := kube.Between(before, s.fresh())
+		t.Logf("Envoy of %s killed: %d requests failed, %d connections broke, of %d clients", node, lost.Failed, lost.Broken, clients)
+		if lost.Failed > clients {
+			t.Errorf("%d requests failed, want those at most that the killed Envoy had", lost.Failed)
+		}
+	}
+	for _, e := range s.fresh().Errors {
+		if strings.Contains(e, "refused") || strings.Contains(e, "timeout") {
+			t.Error(e)
+		}
+	}
 }

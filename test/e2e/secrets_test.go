@@ -129,7 +129,7 @@ func findProcess(uid, program, argument string) (pid int, found bool) {
 	return 0, false
 }
 
-// TestNodeRights: §3, the node pod has what the chart says and no more, and Envoy of that one capability alone.
+// TestNodeRights: §3, the node pod has what the chart says and no more, and Envoy no capability.
 func TestNodeRights(t *testing.T) {
 	for _, at := range placements {
 		p := nodeproxyOn(t, at.node)
@@ -138,7 +138,7 @@ func TestNodeRights(t *testing.T) {
 		}
 		for container, want := range map[string][]string{
 			"agent": {"BPF", "CHOWN", "NET_ADMIN", "PERFMON", "SYS_ADMIN"},
-			"envoy": {"CHOWN", "KILL", "SETGID", "SETPCAP", "SETUID", "SYS_ADMIN"},
+			"envoy": {"CHOWN", "KILL", "SETGID", "SETPCAP", "SETUID", "SYS_ADMIN", "SYS_PTRACE"},
 		} {
 			found := false
 			for _, c := range p.Spec.Containers {
@@ -172,10 +172,10 @@ func TestNodeRights(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		const sysAdmin = "0000000000200000"
+		const none = "0000000000000000"
 		for _, want := range []string{
 			fmt.Sprintf("Uid:\t%[1]d\t%[1]d\t%[1]d\t%[1]d\n", envoyUser), fmt.Sprintf("Gid:\t%[1]d\t%[1]d\t%[1]d\t%[1]d\n", envoyUser),
-			"CapEff:\t" + sysAdmin, "CapPrm:\t" + sysAdmin, "CapBnd:\t" + sysAdmin, "NoNewPrivs:\t1\n", "Seccomp:\t2\n",
+			"CapInh:\t" + none, "CapEff:\t" + none, "CapPrm:\t" + none, "CapAmb:\t" + none, "CapBnd:\t" + none, "NoNewPrivs:\t1\n", "Seccomp:\t2\n",
 		} {
 			if !strings.Contains(string(status), want) {
 				t.Errorf("%s: Envoy's status lacks %q:\n%s", at.node, want, status)

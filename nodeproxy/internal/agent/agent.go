@@ -69,6 +69,8 @@ type agent struct {
 	reporter *report.Reporter
 	table    *pods.Table
 
+	// allow tells Envoy's broker the network namespaces of pods in the mesh.
+	allow     func() error
 	proxy     atomic.Pointer[envoy.State]
 	attaching sync.Mutex
 	// wished and policies are what pods were last looked at for.
@@ -101,7 +103,11 @@ func Run(ctx context.Context, c Config) error {
 		return err
 	}
 	defer kernel.Close()
-	a := &agent{config: c, kernel: kernel, dirty: make(chan struct{}, 1), started: make(chan struct{}), self: svid.NewAgent(svid.AgentConfig{
+	spaces, err := newNamespaces(kernel, c.RunDir, envoy.DrainTime+drainMargin)
+	if err != nil {
+		return err
+	}
+	a := &agent{config: c, kernel: kernel, allow: spaces.Write, dirty: make(chan struct{}, 1), started: make(chan struct{}), self: svid.NewAgent(svid.AgentConfig{
 		Controller: c.Controller, Namespace: c.Namespace, TokenFile: c.TokenFile, BundleFile: c.BundleFile, Log: c.Log,
 	})}
 	a.cache = relay.NewCache(relay.Config{
@@ -118,7 +124,7 @@ func Run(ctx context.Context, c Config) error {
 		Admit: func(ctx context.Context, c pods.Container) error { return a.enroller.Admit(ctx, c) },
 	})
 	a.enroller = enrol.New(enrol.Config{
-		Kernel: kernel, Envoy: a.cache, Identities: a.svids, Wishes: a, Runtime: a.table.Get, Roots: a.self.RootsPEM,
+		Kernel: spaces, Envoy: a.cache, Identities: a.svids, Wishes: a, Runtime: a.table.Get, Roots: a.self.RootsPEM,
 		Generation: a.generation, Report: a.reporter.Pod, Settle: c.Settle, Linger: c.Linger, AccessLog: c.AccessLog, Log: c.Log,
 		Memory: podMemory{a.statePath(podFolder)}, Drain: envoy.DrainTime + drainMargin,
 	})
@@ -412,6 +418,9 @@ func (a *agent) follow(s envoy.State) {
 		return
 	}
 	if old == nil || old.Cgroup != s.Cgroup || old.PID != s.PID {
+		if err := a.allow(); err != nil {
+			a.config.Log.Error("tell Envoy's broker where it may go", "error", err)
+		}
 		a.attachSoon(s)
 		return
 	}

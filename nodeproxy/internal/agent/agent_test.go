@@ -148,7 +148,7 @@ func newBench(t *testing.T, runDir string) *bench {
 	t.Helper()
 	b := &bench{kernel: &fakeKernel{}, controller: relaytest.NewController(t), log: &journal{}}
 	log := slog.New(slog.NewTextHandler(b.log, nil))
-	a := &agent{config: Config{Node: "n1", RunDir: runDir, CgroupRoot: "/cgroup", EnvoyUID: os.Getuid(), EnvoyGID: os.Getgid(), Log: log}, kernel: b.kernel,
+	a := &agent{config: Config{Node: "n1", RunDir: runDir, CgroupRoot: "/cgroup", EnvoyUID: os.Getuid(), EnvoyGID: os.Getgid(), Log: log}, kernel: b.kernel, allow: func() error { return nil },
 		dirty: make(chan struct{}, 1), started: make(chan struct{})}
 	a.cache = relay.NewCache(relay.Config{Want: func(k relay.Key, wanted bool) { a.upstream.Want(k, wanted) }, Log: log})
 	a.upstream = relay.NewUpstream(relay.UpstreamConfig{Connect: b.controller.Connect, Node: "n1", Cache: a.cache, Overlay: overlay("n1"), Apply: a.apply, Changed: a.changed, Settle: 50 * time.Millisecond, Log: log})

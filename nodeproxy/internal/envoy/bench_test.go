@@ -45,6 +45,13 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, Exec())
 		os.Exit(1)
 	}
+	if len(os.Args) > 1 && os.Args[1] == "envoy-broker" {
+		if err := Broker(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	dir, err := os.MkdirTemp("", "weft-envoy-bin-")
 	if err == nil {
 		err = os.Chmod(dir, 0o755)

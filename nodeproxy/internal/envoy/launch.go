@@ -32,8 +32,11 @@ const LaunchVariable = "WEFT_ENVOY_LAUNCH"
 // cuts them (docs/LIFECYCLE.md).
 const DrainTime = 5 * time.Second
 
-// Exec turns the calling process into Envoy: in its cgroup, with its own uid, CAP_SYS_ADMIN alone (it enters pods' network
-// namespaces), no way to more, and the system calls of the allow-list. It returns only on failure.
+// launchListener is the descriptor of the socket by which the supervisor gets the listener of Envoy's notifications.
+const launchListener = 3
+
+// Exec turns the calling process into Envoy: in its cgroup, with its own uid, no capability and no way to one, and the system calls
+// of the allow-list, some of which the broker answers. It returns only on failure.
 func Exec() error {
 	var l Launch
 	if err := json.Unmarshal([]byte(os.Getenv(LaunchVariable)), &l); err != nil {
@@ -58,25 +61,23 @@ func Exec() error {
 	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
 		return fmt.Errorf("bind life to the supervisor's: %w", err)
 	}
-	if err := confine(l.Path, l.Args, []string{"HOME=/nonexistent"}); err != nil {
+	unix.CloseOnExec(launchListener)
+	handOver := func(listener int) error {
+		return unix.Sendmsg(launchListener, []byte{0}, unix.UnixRights(listener), nil, 0)
+	}
+	if err := confine(l.Path, l.Args, []string{"HOME=/nonexistent"}, handOver); err != nil {
 		return fmt.Errorf("run %s: %w", l.Path, err)
 	}
 	return nil
 }
 
-// dropRights changes the calling thread's user and leaves it CAP_SYS_ADMIN.
+// dropRights changes the calling thread's user and leaves it no capability.
 func dropRights(l Launch) error {
 	for c := range uintptr(unix.CAP_LAST_CAP + 1) {
-		if c == unix.CAP_SYS_ADMIN {
-			continue
-		}
 		// EINVAL: this kernel does not know the capability; EPERM: no SETPCAP, and no_new_privs makes the set useless.
 		if err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EPERM) {
 			return fmt.Errorf("drop capability %d: %w", c, err)
 		}
-	}
-	if err := unix.Prctl(unix.PR_SET_KEEPCAPS, 1, 0, 0, 0); err != nil {
-		return fmt.Errorf("keep capabilities over the change of user: %w", err)
 	}
 	groups := make([]uint32, len(l.Groups)+1)
 	for i, g := range l.Groups {
@@ -92,13 +93,9 @@ func dropRights(l Launch) error {
 		return fmt.Errorf("set user %d: %w", l.UID, e)
 	}
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
-	data[0].Effective, data[0].Permitted, data[0].Inheritable = 1<<unix.CAP_SYS_ADMIN, 1<<unix.CAP_SYS_ADMIN, 1<<unix.CAP_SYS_ADMIN
-	if err := unix.Capset(&header, &data[0]); err != nil {
-		return fmt.Errorf("keep CAP_SYS_ADMIN alone: %w; the container needs it", err)
-	}
-	if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, unix.CAP_SYS_ADMIN, 0, 0); err != nil {
-		return fmt.Errorf("hand CAP_SYS_ADMIN on: %w", err)
+	var none [2]unix.CapUserData
+	if err := unix.Capset(&header, &none[0]); err != nil {
+		return fmt.Errorf("drop capabilities: %w", err)
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package envoy
 
 import (
+	"fmt"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -12,7 +13,7 @@ var allowed = []uint32{
 	// Steady state.
 	unix.SYS_ACCEPT4, unix.SYS_BIND, unix.SYS_CLOCK_NANOSLEEP, unix.SYS_CLOSE, unix.SYS_CONNECT, unix.SYS_EPOLL_CREATE1, unix.SYS_EPOLL_CTL,
 	unix.SYS_EPOLL_WAIT, unix.SYS_EVENTFD2, unix.SYS_FUTEX, unix.SYS_GETPEERNAME, unix.SYS_GETPID, unix.SYS_GETRANDOM, unix.SYS_GETSOCKNAME,
-	unix.SYS_GETSOCKOPT, unix.SYS_GETTID, unix.SYS_INOTIFY_ADD_WATCH, unix.SYS_INOTIFY_INIT1, unix.SYS_LISTEN, unix.SYS_LSEEK, unix.SYS_MADVISE,
+	unix.SYS_GETSOCKOPT, unix.SYS_GETTID, unix.SYS_INOTIFY_ADD_WATCH, unix.SYS_INOTIFY_INIT1, unix.SYS_LSEEK, unix.SYS_MADVISE,
 	unix.SYS_MMAP, unix.SYS_MPROTECT, unix.SYS_MUNMAP, unix.SYS_NEWFSTATAT, unix.SYS_OPENAT, unix.SYS_POLL, unix.SYS_READ, unix.SYS_READLINK,
 	unix.SYS_READV, unix.SYS_RECVFROM, unix.SYS_RECVMSG, unix.SYS_RT_SIGACTION, unix.SYS_RT_SIGPROCMASK, unix.SYS_RT_SIGRETURN, unix.SYS_SCHED_YIELD,
 	unix.SYS_SENDTO, unix.SYS_SETSOCKOPT, unix.SYS_SHUTDOWN, unix.SYS_SIGALTSTACK, unix.SYS_UNLINK, unix.SYS_WRITE, unix.SYS_WRITEV,
@@ -36,6 +37,7 @@ const (
 
 	returnKill  = 0x80000000
 	returnErrno = 0x00050000
+	returnAsk   = 0x7fc00000 // SECCOMP_RET_USER_NOTIF: the broker answers
 	returnAllow = 0x7fff0000
 
 	offsetNumber, offsetArch, offsetArgs = 0, 4, 16
@@ -69,17 +71,25 @@ func filter(execve [3]uintptr) []unix.SockFilter {
 	jump(equal, unix.SYS_SETNS, 0, 4)
 	load(offsetArgs + 8)
 	jump(equal, unix.CLONE_NEWNET, 0, 1)
+	give(returnAsk)
+	give(returnErrno | uint32(unix.EPERM))
+
+	// socket: what proxies need; no netlink, packet, vsock, and of the Internet's TCP alone.
+	jump(equal, unix.SYS_SOCKET, 0, 10)
+	load(offsetArgs)
+	jump(equal, unix.AF_UNIX, 6, 0)
+	jump(equal, unix.AF_INET, 1, 0)
+	jump(equal, unix.AF_INET6, 0, 5)
+	load(offsetArgs + 8)
+	statement(unix.BPF_ALU|unix.BPF_AND|unix.BPF_K, socketTypeMask)
+	jump(equal, unix.SOCK_STREAM, 0, 2)
+	give(returnAsk)
 	give(returnAllow)
 	give(returnErrno | uint32(unix.EPERM))
 
-	// socket: what proxies need; no netlink, packet, vsock.
-	jump(equal, unix.SYS_SOCKET, 0, 6)
-	load(offsetArgs)
-	jump(equal, unix.AF_INET, 2, 0)
-	jump(equal, unix.AF_INET6, 1, 0)
-	jump(equal, unix.AF_UNIX, 0, 1)
-	give(returnAllow)
-	give(returnErrno | uint32(unix.EPERM))
+	// listen: the broker keeps a duplicate of the socket.
+	jump(equal, unix.SYS_LISTEN, 0, 1)
+	give(returnAsk)
 
 	// clone: threads alone.
 	jump(equal, unix.SYS_CLONE, 0, 5)
@@ -109,8 +119,9 @@ func filter(execve [3]uintptr) []unix.SockFilter {
 	return f
 }
 
-// confine installs the filter on the calling thread and replaces the process by argv. It returns only on failure.
-func confine(path string, argv, env []string) error {
+// confine installs the filter on the calling thread, hands the listener of its notifications over and replaces the process by
+// argv. It returns only on failure.
+func confine(path string, argv, env []string, handOver func(listener int) error) error {
 	arguments, err := stringTable(append([]string{path}, argv...), env)
 	if err != nil {
 		return err
@@ -120,9 +131,14 @@ func confine(path string, argv, env []string) error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return err
 	}
-	if _, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, uintptr(unsafe.Pointer(&prog))); errno != 0 {
+	listener, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_NEW_LISTENER, uintptr(unsafe.Pointer(&prog)))
+	if errno != 0 {
 		return errno
 	}
-	_, _, errno := unix.RawSyscall(unix.SYS_EXECVE, arguments.path, arguments.argv, arguments.env)
+	// The kernel closes it at execve: Envoy cannot answer for the broker.
+	if err := handOver(int(listener)); err != nil {
+		return fmt.Errorf("hand the notifications over: %w", err)
+	}
+	_, _, errno = unix.RawSyscall(unix.SYS_EXECVE, arguments.path, arguments.argv, arguments.env)
 	return errno
 }

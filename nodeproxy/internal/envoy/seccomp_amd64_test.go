@@ -50,6 +50,8 @@ func run(t *testing.T, program []unix.SockFilter, c call) uint32 {
 			jump(a >= i.K)
 		case unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K:
 			jump(a&i.K != 0)
+		case unix.BPF_ALU | unix.BPF_AND | unix.BPF_K:
+			a &= i.K
 		case unix.BPF_RET | unix.BPF_K:
 			return i.K
 		default:
@@ -83,11 +85,14 @@ func TestFilter(t *testing.T) {
 		"read another's memory":       {call{number: unix.SYS_PROCESS_VM_READV}, denied},
 		"fork":                        {call{number: unix.SYS_FORK}, denied},
 		"execveat":                    {call{number: unix.SYS_EXECVEAT}, denied},
-		"enter a network namespace":   {call{number: unix.SYS_SETNS, args: [6]uint64{3, unix.CLONE_NEWNET}}, returnAllow},
+		"enter a network namespace":   {call{number: unix.SYS_SETNS, args: [6]uint64{3, unix.CLONE_NEWNET}}, returnAsk},
 		"enter a mount namespace":     {call{number: unix.SYS_SETNS, args: [6]uint64{3, unix.CLONE_NEWNS}}, denied},
 		"enter whatever it is":        {call{number: unix.SYS_SETNS, args: [6]uint64{3, 0}}, denied},
-		"IPv4 socket":                 {call{number: unix.SYS_SOCKET, args: [6]uint64{unix.AF_INET}}, returnAllow},
-		"IPv6 socket":                 {call{number: unix.SYS_SOCKET, args: [6]uint64{unix.AF_INET6}}, returnAllow},
+		"IPv4 socket":                 {call{number: unix.SYS_SOCKET, args: [6]uint64{unix.AF_INET, unix.SOCK_STREAM | unix.SOCK_NONBLOCK}}, returnAsk},
+		"IPv6 socket":                 {call{number: unix.SYS_SOCKET, args: [6]uint64{unix.AF_INET6, unix.SOCK_STREAM | unix.SOCK_CLOEXEC}}, returnAsk},
+		"UDP socket":                  {call{number: unix.SYS_SOCKET, args: [6]uint64{unix.AF_INET, unix.SOCK_DGRAM}}, denied},
+		"raw socket":                  {call{number: unix.SYS_SOCKET, args: [6]uint64{unix.AF_INET6, unix.SOCK_RAW}}, denied},
+		"listen":                      {call{number: unix.SYS_LISTEN}, returnAsk},
 		"Unix socket":                 {call{number: unix.SYS_SOCKET, args: [6]uint64{unix.AF_UNIX}}, returnAllow},
 		"netlink socket":              {call{number: unix.SYS_SOCKET, args: [6]uint64{unix.AF_NETLINK}}, denied},
 		"packet socket":               {call{number: unix.SYS_SOCKET, args: [6]uint64{unix.AF_PACKET}}, denied},

@@ -18,6 +18,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Names within the run folder.
@@ -64,6 +66,9 @@ type Supervisor struct {
 	cgroup string
 	// Deaths within the last minute.
 	deaths []time.Time
+	// kept are Envoy's listening sockets, which outlive it; brokers send them into a pair of sockets.
+	kept keptListeners
+	sent *os.File
 }
 
 // New makes a Supervisor; Run starts it.
@@ -114,6 +119,25 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	defer stopTelling()
 	s.board.set(func(st *State) { st.Cgroup, st.UID = path, c.UID })
 	go s.board.serve(telling, l)
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("make a socket for Envoy's listeners: %w", err)
+	}
+	if s.kept.own, err = ownNetns(); err != nil {
+		return fmt.Errorf("ask for the container's network namespace: %w", err)
+	}
+	limit := unix.NsecToTimeval(int64(time.Second)) // an Envoy with many pods listens on all at once
+	if err := unix.SetsockoptTimeval(pair[0], unix.SOL_SOCKET, unix.SO_SNDTIMEO, &limit); err != nil {
+		return fmt.Errorf("limit the wait for the supervisor: %w", err)
+	}
+	s.sent = os.NewFile(uintptr(pair[0]), "listening")
+	got, taken := os.NewFile(uintptr(pair[1]), "listening"), make(chan struct{})
+	go func() {
+		defer close(taken)
+		s.kept.take(got, func() int { st, _ := s.board.get(); return st.PID })
+	}()
+	go s.kept.tend(telling, func() int { st, _ := s.board.get(); return st.PID })
+	defer func() { _ = s.sent.Close(); <-taken; _ = got.Close() }()
 	// Envoy dies with the thread that started it, so that thread stays.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -137,7 +161,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 func (s *Supervisor) clear() {
 	c := s.config
 	// What Envoy owns becomes its own first, as in makeFolder.
-	err := errors.Join(os.Chown(c.envoyFolder(), 0, 0), os.RemoveAll(c.envoyFolder()), os.Remove(c.bootstrapFile()))
+	err := errors.Join(os.Chown(c.envoyFolder(), 0, 0), os.RemoveAll(c.envoyFolder()), os.Remove(c.bootstrapFile()), forgetNamespaces(c.RunDir))
 	if err != nil {
 		c.Log.Warn("the run folder is not cleared", "error", err)
 	}
@@ -190,17 +214,28 @@ func (s *Supervisor) once(ctx context.Context) string {
 		return fmt.Sprintf("start Envoy: %v", err)
 	}
 	cmd.Stdout = os.Stdout // access log
-	if err := cmd.Start(); err != nil {
-		return fmt.Sprintf("start Envoy: %v", err)
-	}
-	s.config.Log.Info("Envoy started", "pid", cmd.Process.Pid)
-	s.board.set(func(st *State) { st.PID, st.Live = cmd.Process.Pid, false })
 	logged := make(chan struct{})
 	go func() { defer close(logged); s.forward(out) }()
+	envoy, err := s.start(cmd)
+	if err != nil {
+		if cmd.Process == nil {
+			_ = out.Close()
+		}
+		<-logged
+		if cmd.Process != nil {
+			err = errors.Join(err, cmd.Wait())
+		}
+		return fmt.Sprintf("start Envoy: %v", err)
+	}
+	defer envoy.close()
+	s.config.Log.Info("Envoy started", "pid", cmd.Process.Pid)
+	s.board.set(func(st *State) { st.PID, st.Live = cmd.Process.Pid, false })
 	ended := make(chan struct{})
 	alive, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	go s.awaitReady(alive, cmd.Process.Pid)
+	brokered := make(chan struct{})
+	go func() { defer close(brokered); s.broker(alive, envoy, cmd.Process) }()
 	go func() {
 		select {
 		case <-ended:
@@ -211,10 +246,122 @@ func (s *Supervisor) once(ctx context.Context) string {
 	<-logged
 	err = cmd.Wait()
 	close(ended)
+	cancel()
+	<-brokered
 	if err == nil {
 		return "exit status 0"
 	}
 	return err.Error()
+}
+
+// running is what is kept of an Envoy while it runs.
+type running struct {
+	// notifications is the listener of its filter, pidfd the process, ledger its brokers'.
+	notifications, pidfd, ledger *os.File
+}
+
+func (r *running) close() {
+	for _, f := range []*os.File{r.notifications, r.pidfd, r.ledger} {
+		if f != nil {
+			_ = f.Close()
+		}
+	}
+}
+
+// handOverLimit is how long a process may take from its start until it hands its notifications over, before it is Envoy.
+const handOverLimit = 10 * time.Second
+
+// start starts Envoy and takes the listener of its notifications. A process that does not hand it over is ended.
+func (s *Supervisor) start(cmd *exec.Cmd) (r *running, err error) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("make a socket for its notifications: %w", err)
+	}
+	mine, its := os.NewFile(uintptr(pair[0]), "launch"), os.NewFile(uintptr(pair[1]), "launch")
+	defer mine.Close()
+	defer its.Close()
+	limit := unix.NsecToTimeval(int64(handOverLimit))
+	if err := unix.SetsockoptTimeval(pair[0], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit); err != nil {
+		return nil, fmt.Errorf("limit the wait for its notifications: %w", err)
+	}
+	pidfd := -1
+	cmd.ExtraFiles, cmd.SysProcAttr.PidFD = []*os.File{its}, &pidfd
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	made := &running{}
+	defer func() {
+		if err != nil {
+			made.close()
+			_ = cmd.Process.Kill()
+		}
+	}()
+	if pidfd < 0 {
+		return nil, errors.New("the kernel gave no pidfd")
+	}
+	made.pidfd = os.NewFile(uintptr(pidfd), "envoy")
+	_ = its.Close() // else the end of the process would not end the wait
+	control, n := make([]byte, unix.CmsgSpace(4)), 0
+	for {
+		_, n, _, _, err = unix.Recvmsg(pair[0], make([]byte, 1), control, unix.MSG_CMSG_CLOEXEC)
+		if !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("take its notifications: %w", err)
+	}
+	messages, err := unix.ParseSocketControlMessage(control[:n])
+	if err != nil || len(messages) != 1 {
+		return nil, errors.Join(errors.New("it ended before it was Envoy: its log says why"), err)
+	}
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err != nil {
+		return nil, fmt.Errorf("take its notifications: %w", err)
+	}
+	made.notifications = os.NewFile(uintptr(fds[0]), "notifications")
+	probe, err := unix.PidfdGetfd(pidfd, 0, 0)
+	if err != nil {
+		return nil, fmt.Errorf("take a descriptor of Envoy's: %w; the container needs CAP_SYS_PTRACE, and kernel.yama.ptrace_scope must be below 3", err)
+	}
+	_ = unix.Close(probe)
+	made.ledger, err = newLedger()
+	return made, err
+}
+
+// Pace of brokers: the next one at once, and slower while they die at once. Envoy waits meanwhile; an Envoy that gets none is ended.
+const (
+	brokerPause = 10 * time.Millisecond
+	brokerLives = 100 * time.Millisecond
+	brokerTries = 10
+)
+
+// broker keeps a broker running for an Envoy until ctx ends.
+func (s *Supervisor) broker(ctx context.Context, r *running, envoy *os.Process) {
+	for tries := 0; ctx.Err() == nil; tries++ {
+		cmd := exec.CommandContext(ctx, s.config.Launcher, "envoy-broker")
+		// A signal of Go's own between two steps of an answer would cost a system call more.
+		cmd.Env = []string{brokerCgroup + "=" + s.cgroup, brokerNamespaces + "=" + filepath.Join(s.config.RunDir, namespacesFile), "GODEBUG=asyncpreemptoff=1"}
+		cmd.ExtraFiles = []*os.File{r.notifications, r.pidfd, r.ledger, s.sent}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+		cmd.Stderr = os.Stderr
+		began := time.Now()
+		err := cmd.Run()
+		if time.Since(began) > brokerLives {
+			tries = 0
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(brokerPause << min(tries, 7)):
+		}
+		if tries >= brokerTries {
+			s.config.Log.Error("Envoy's brokers do not live, ending Envoy", "exit", err)
+			_ = envoy.Kill()
+			return
+		}
+		s.config.Log.Error("Envoy's broker ended, starting another", "exit", err)
+	}
 }
 
 func (s *Supervisor) command() (*exec.Cmd, error) {
