@@ -103,7 +103,7 @@ func (s space) dial(ctx context.Context, network, address string) (conn net.Conn
 
 // get asks for a page over a new connection; "": 200.
 func (s space) get(port uint32) string {
-	client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: s.dial}}
+	client := http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: s.dial}}
 	r, err := client.Get(fmt.Sprintf("http://127.0.0.1:%d/", port))
 	if err != nil {
 		return err.Error()
@@ -169,22 +169,30 @@ func (b *bench) others(t *testing.T) (pids []int) {
 	return pids
 }
 
-// TestBroker: an Envoy without a capability listens and connects in another network namespace, and keeps nothing of it.
+// TestBroker: an Envoy without a capability listens and connects in another network namespace, and keeps nothing of it. Others on
+// the machine may: whoever copies its mounts in that moment. So the namespace of one of three has to go.
 func TestBroker(t *testing.T) {
 	b := start(t, nil)
 	b.live(t, 0)
-	s := newSpace(t)
 	const at, to = 20001, 20002
-	s.relayed(t, b, at, to)
-	until(t, patience, "the listener answers in its namespace", func() bool { return s.get(at) == "" })
-	if answers(at) || answers(to) {
-		t.Error("it answers outside the namespace")
+	for range 3 {
+		s := newSpace(t)
+		s.relayed(t, b, at, to)
+		until(t, patience, "the listener answers in its namespace", func() bool { return s.get(at) == "" })
+		if answers(at) || answers(to) {
+			t.Error("it answers outside the namespace")
+		}
+		b.cache.Delete(relay.Key{TypeURL: relay.TypeListener, Name: fmt.Sprint("greeter-", at)})
+		b.cache.Delete(relay.Key{TypeURL: relay.TypeListener, Name: fmt.Sprint("greeter-", to)})
+		b.cache.Delete(relay.Key{TypeURL: relay.TypeCluster, Name: "there"})
+		command(t, "ip", "netns", "delete", filepath.Base(s.path))
+		for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+			if _, err := net.InterfaceByName(s.link); err != nil {
+				return
+			}
+		}
 	}
-	b.cache.Delete(relay.Key{TypeURL: relay.TypeListener, Name: fmt.Sprint("greeter-", at)})
-	b.cache.Delete(relay.Key{TypeURL: relay.TypeListener, Name: fmt.Sprint("greeter-", to)})
-	b.cache.Delete(relay.Key{TypeURL: relay.TypeCluster, Name: "there"})
-	command(t, "ip", "netns", "delete", filepath.Base(s.path))
-	until(t, patience, "the namespace is gone", func() bool { _, err := net.InterfaceByName(s.link); return err != nil })
+	t.Error("no namespace is gone that the listeners had left")
 }
 
 // TestBrokerKilled: while brokers die under load no request is lost, and Envoy lives.
@@ -260,7 +268,7 @@ func TestKilledEnvoyRefusesNobody(t *testing.T) {
 	const at, to = 20001, 20002
 	s.relayed(t, b, at, to)
 	until(t, patience, "the listener answers in its namespace", func() bool { return s.get(at) == "" })
-	const clients, kills = 4, 10
+	const clients, kills = 4, quickRestarts + 1
 	load := s.ask(t, at, clients)
 	for range kills {
 		before := load.asked.Load()
