@@ -13,7 +13,7 @@ import (
 
 // AttachProxy makes the processes of a cgroup one generation of Envoy: its sockets are exempt from capture, its
 // listeners in enrolled pods are recorded, its SO_ORIGINAL_DST and tag options are answered, and it may connect only
-// inside enrolled pods. The cgroup lies below CgroupRoot and holds Envoy itself and nothing else. Call it again after the directory
+// inside enrolled pods. The cgroup lies below CgroupRoot and holds Envoy and its broker and nothing else. Call it again after the directory
 // was remade: the kernel then knows it by another number.
 func (r *Redirect) AttachProxy(generation uint32, cgroupPath string) error {
 	r.mu.Lock()
