@@ -127,8 +127,8 @@ type broker struct {
 // Broker serves Envoy's notifications until Envoy is gone. It runs on one thread, which goes in and out of namespaces.
 func Broker() error {
 	runtime.LockOSThread()
-	if err := os.WriteFile(filepath.Join(os.Getenv(brokerCgroup), "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0); err != nil {
-		return fmt.Errorf("join cgroup: %w", err)
+	if err := joinCgroup(os.Getenv(brokerCgroup)); err != nil {
+		return err
 	}
 	memory, err := unix.Mmap(brokerLedger, 0, int(unsafe.Sizeof(ledger{})), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {

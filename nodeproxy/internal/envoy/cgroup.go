@@ -72,6 +72,14 @@ func removeCgroup(root, path string) {
 	}
 }
 
+// joinCgroup moves the calling process into a cgroup.
+func joinCgroup(full string) error {
+	if err := os.WriteFile(filepath.Join(full, "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0); err != nil {
+		return fmt.Errorf("join cgroup: %w", err)
+	}
+	return nil
+}
+
 func killCgroup(full string) error {
 	procs, err := os.ReadFile(filepath.Join(full, "cgroup.procs"))
 	if err != nil || len(strings.TrimSpace(string(procs))) == 0 {

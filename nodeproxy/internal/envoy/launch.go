@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"runtime"
-	"strconv"
 	"time"
 	"unsafe"
 
@@ -44,8 +42,8 @@ func Exec() error {
 	}
 	// Credentials and the filter are this thread's; execve takes them over and ends all others.
 	runtime.LockOSThread()
-	if err := os.WriteFile(filepath.Join(l.Cgroup, "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0); err != nil {
-		return fmt.Errorf("join cgroup: %w", err)
+	if err := joinCgroup(l.Cgroup); err != nil {
+		return err
 	}
 	var files unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err == nil && files.Cur < files.Max {

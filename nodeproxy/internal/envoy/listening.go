@@ -57,27 +57,18 @@ const (
 
 // take keeps the sockets that brokers send until they and the supervisor have closed the other end. current is Envoy's process.
 func (l *keptListeners) take(socket *os.File, current func() int) {
-	control, number := make([]byte, unix.CmsgSpace(4)), make([]byte, 16)
 	for {
-		n, oob, _, _, err := unix.Recvmsg(int(socket.Fd()), number, control, unix.MSG_CMSG_CLOEXEC)
-		if errors.Is(err, unix.EINTR) {
+		number, fd, err := receiveFD(int(socket.Fd()))
+		if errors.Is(err, errNoFD) {
 			continue
 		}
-		if err != nil || n == 0 {
+		if err != nil {
 			return
 		}
-		messages, err := unix.ParseSocketControlMessage(control[:oob])
-		if err != nil || len(messages) != 1 {
-			continue
-		}
-		fds, err := unix.ParseUnixRights(&messages[0])
-		if err != nil || len(fds) != 1 {
-			continue
-		}
-		d, err := describe(fds[0])
-		d.envoy, d.number, d.since = current(), string(number[:n]), time.Now()
+		d, err := describe(fd)
+		d.envoy, d.number, d.since = current(), number, time.Now()
 		if err != nil || !l.add(d) {
-			_ = unix.Close(fds[0])
+			_ = unix.Close(fd)
 			continue
 		}
 		l.replace(d, time.Now())

@@ -132,11 +132,9 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	}
 	s.sent = os.NewFile(uintptr(pair[0]), "listening")
 	got, taken := os.NewFile(uintptr(pair[1]), "listening"), make(chan struct{})
-	go func() {
-		defer close(taken)
-		s.kept.take(got, func() int { st, _ := s.board.get(); return st.PID })
-	}()
-	go s.kept.tend(telling, func() int { st, _ := s.board.get(); return st.PID })
+	current := func() int { st, _ := s.board.get(); return st.PID }
+	go func() { defer close(taken); s.kept.take(got, current) }()
+	go s.kept.tend(telling, current)
 	defer func() { _ = s.sent.Close(); <-taken; _ = got.Close() }()
 	// Envoy dies with the thread that started it, so that thread stays.
 	runtime.LockOSThread()
@@ -301,25 +299,14 @@ func (s *Supervisor) start(cmd *exec.Cmd) (r *running, err error) {
 	}
 	made.pidfd = os.NewFile(uintptr(pidfd), "envoy")
 	_ = its.Close() // else the end of the process would not end the wait
-	control, n := make([]byte, unix.CmsgSpace(4)), 0
-	for {
-		_, n, _, _, err = unix.Recvmsg(pair[0], make([]byte, 1), control, unix.MSG_CMSG_CLOEXEC)
-		if !errors.Is(err, unix.EINTR) {
-			break
-		}
+	_, notifications, err := receiveFD(pair[0])
+	if errors.Is(err, io.EOF) {
+		return nil, errors.New("it ended before it was Envoy: its log says why")
 	}
 	if err != nil {
 		return nil, fmt.Errorf("take its notifications: %w", err)
 	}
-	messages, err := unix.ParseSocketControlMessage(control[:n])
-	if err != nil || len(messages) != 1 {
-		return nil, errors.Join(errors.New("it ended before it was Envoy: its log says why"), err)
-	}
-	fds, err := unix.ParseUnixRights(&messages[0])
-	if err != nil {
-		return nil, fmt.Errorf("take its notifications: %w", err)
-	}
-	made.notifications = os.NewFile(uintptr(fds[0]), "notifications")
+	made.notifications = os.NewFile(uintptr(notifications), "notifications")
 	probe, err := unix.PidfdGetfd(pidfd, 0, 0)
 	if err != nil {
 		return nil, fmt.Errorf("take a descriptor of Envoy's: %w; the container needs CAP_SYS_PTRACE, and kernel.yama.ptrace_scope must be below 3", err)
