@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 	"k8s.io/client-go/dynamic"
@@ -25,9 +26,9 @@ func main() {
 }
 
 func newStatusCommand() *cobra.Command {
-	var kubeconfig, namespace string
+	var kubeconfig, namespace, system string
 	command := &cobra.Command{
-		Use: "status", Short: "Show pods in the mesh, policies, routes and the MeshConfig, with what keeps them from being in force, and Services that stay out", Args: cobra.NoArgs,
+		Use: "status", Short: "Show pods in the mesh, policies, routes and the MeshConfig, with what keeps them from being in force, Services that stay out, and which controller leads", Args: cobra.NoArgs,
 		Long: "status reads the conditions that the controller writes. It exits non-zero if anything is not as it was asked for.",
 		RunE: func(command *cobra.Command, _ []string) error {
 			rules := clientcmd.NewDefaultClientConfigLoadingRules()
@@ -44,6 +45,7 @@ func newStatusCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			s.leader = leads(command.Context(), client, system, time.Now())
 			s.print(command.OutOrStdout())
 			if s.wrong > 0 {
 				return errors.New(plural(s.wrong, "object is", "objects are") + " not in force")
@@ -53,5 +55,6 @@ func newStatusCommand() *cobra.Command {
 	}
 	command.Flags().StringVar(&kubeconfig, "kubeconfig", "", "kubeconfig file")
 	command.Flags().StringVarP(&namespace, "namespace", "n", "", "one namespace; empty: all")
+	command.Flags().StringVar(&system, "system", "weft-system", "weft's own namespace")
 	return command
 }

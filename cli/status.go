@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 	"text/tabwriter"
+	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -28,7 +30,7 @@ type kind struct {
 
 // kinds in the order in which they are shown.
 var kinds = []kind{
-	{name: "Pod", resource: schema.GroupVersionResource{Version: "v1", Resource: "pods"}, conditions: []string{names.ConditionEnrolled, names.ConditionEnforced}},
+	{name: "Pod", resource: schema.GroupVersionResource{Version: "v1", Resource: "pods"}, conditions: []string{names.ConditionEnrolled, names.ConditionEnforced, names.ConditionShortcut}},
 	{name: "Service", resource: schema.GroupVersionResource{Version: "v1", Resource: "services"}, conditions: []string{names.Group + "/Captured"}},
 	{name: "MeshConfig", resource: weft("meshconfigs"), conditions: []string{"Accepted", "Programmed"}, cluster: true, always: true},
 	{name: "AuthenticationPolicy", resource: weft("authenticationpolicies"), conditions: []string{"Accepted", "Programmed"}, always: true},
@@ -56,7 +58,29 @@ type line struct {
 type status struct {
 	lines []line
 	wrong int
+	// leader tells which replica of the controller leads; empty: its Lease cannot be read.
+	leader string
 }
+
+// leads tells who holds the Lease of weft's namespace.
+func leads(ctx context.Context, client dynamic.Interface, system string, now time.Time) string {
+	lease, err := client.Resource(schema.GroupVersionResource{Group: "coordination.k8s.io", Version: "v1", Resource: "leases"}).Namespace(system).Get(ctx, "weft-controlplane", metav1.GetOptions{})
+	if err != nil {
+		return ""
+	}
+	holder, _, _ := unstructured.NestedString(lease.Object, "spec", "holderIdentity")
+	text, _, _ := unstructured.NestedString(lease.Object, "spec", "renewTime")
+	life, _, _ := unstructured.NestedInt64(lease.Object, "spec", "leaseDurationSeconds")
+	renewed, err := time.Parse(time.RFC3339, text)
+	if holder == "" || err != nil || now.Sub(renewed) > time.Duration(life)*time.Second+clockSkew {
+		return "no replica of the controller leads: what is known goes on, and nothing changes"
+	}
+	pod, _, _ := strings.Cut(holder, "_")
+	return pod + " leads"
+}
+
+// clockSkew is how much this machine's clock may differ from the controller's.
+const clockSkew = 10 * time.Second
 
 // read collects every object that has to do with the mesh. Kinds that are not installed are left out.
 func read(ctx context.Context, client dynamic.Interface, namespace string) (*status, error) {
@@ -104,7 +128,7 @@ func judge(k kind, o unstructured.Unstructured) (line, bool) {
 	for _, name := range k.conditions {
 		for _, raw := range conditions {
 			c, ok := raw.(map[string]any)
-			if !ok || c["type"] != name {
+			if !ok || c["type"] != name || c["reason"] == names.ReasonOff {
 				continue
 			}
 			seen++
@@ -124,6 +148,9 @@ func judge(k kind, o unstructured.Unstructured) (line, bool) {
 }
 
 func (s *status) print(out io.Writer) {
+	if s.leader != "" {
+		defer fmt.Fprintln(out, s.leader)
+	}
 	if len(s.lines) == 0 {
 		fmt.Fprintln(out, "nothing here has to do with the mesh: label a namespace or pod "+names.LabelMesh+"="+names.MeshEnabled)
 		return

@@ -4,12 +4,17 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"strings"
+	"sync"
 	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/leaderelection"
 	"k8s.io/client-go/tools/leaderelection/resourcelock"
+
+	"github.com/weftmesh/weft/controlplane/internal/replica"
 )
 
 const leaseName = "weft-controlplane"
@@ -22,20 +27,118 @@ const (
 	releaseLimit = 2 * time.Second
 )
 
+// identity of a candidate, as the Lease names its holder: "<pod>_<address>_<process>".
+type identity struct{ pod, address, process string }
+
+func (i identity) String() string { return i.pod + "_" + i.address + "_" + i.process }
+
+// addressOf is the address in a holder's name.
+func addressOf(holder string) string {
+	if parts := strings.Split(holder, "_"); len(parts) == 3 {
+		return parts[1]
+	}
+	return ""
+}
+
 // election is for the Lease of weft's leader.
 type election struct {
-	clients             kubernetes.Interface
-	namespace, identity string
-	log                 *slog.Logger
+	clients   kubernetes.Interface
+	namespace string
+	identity  string
+	log       *slog.Logger
+
+	mu sync.Mutex
+	// record is what the Lease said last, changed when it was first seen so, read when it was read last.
+	record        resourcelock.LeaderElectionRecord
+	changed, read time.Time
+	leads         bool
+}
+
+func newElection(clients kubernetes.Interface, namespace string, self identity, log *slog.Logger) *election {
+	return &election{clients: clients, namespace: namespace, identity: self.String(), log: log}
+}
+
+// watched is a Lease whose readings are noted.
+type watched struct {
+	*resourcelock.LeaseLock
+	note func(*resourcelock.LeaderElectionRecord)
+}
+
+func (w *watched) Get(ctx context.Context) (*resourcelock.LeaderElectionRecord, []byte, error) {
+	record, raw, err := w.LeaseLock.Get(ctx)
+	if err == nil {
+		w.note(record)
+	}
+	return record, raw, err
+}
+
+func (e *election) note(record *resourcelock.LeaderElectionRecord) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.read = time.Now()
+	if e.record.HolderIdentity != record.HolderIdentity || !e.record.RenewTime.Equal(&record.RenewTime) {
+		e.record, e.changed = *record, e.read
+	}
+}
+
+// presence tells who leads, as far as can be known: while the API server is away, or nobody renews the Lease, nobody does.
+func (e *election) presence() replica.Presence {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.leads {
+		return replica.Presence{Self: true}
+	}
+	if time.Since(e.read) > leaseLife || time.Since(e.changed) > leaseLife || e.record.HolderIdentity == e.identity {
+		return replica.Presence{}
+	}
+	return replica.Presence{Address: addressOf(e.record.HolderIdentity)}
+}
+
+// vacancy is how long a replica that was told no leader's orders lets the others try first: they know more.
+const vacancy = 4 * time.Second
+
+// await waits until this replica may stand: it knows a leader's orders, or nobody has led for a while. A leader that knows
+// nothing begins with what the pods' conditions say, which may be older than what agents were told.
+func (e *election) await(ctx context.Context, knows func() bool) {
+	lock := e.lock()
+	vacant := time.Now()
+	for !knows() {
+		record, _, err := lock.Get(ctx)
+		switch {
+		case apierrors.IsNotFound(err):
+			return // nobody has ever led
+		case err == nil && record.HolderIdentity == "" && time.Since(record.RenewTime.Time) > leaseLife+vacancy:
+			return // it was given up long ago
+		case err != nil || e.presence().Address != "":
+			vacant = time.Now()
+		case time.Since(vacant) > vacancy:
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(renewEvery / 2):
+		}
+	}
+}
+
+func (e *election) lock() *watched {
+	return &watched{note: e.note, LeaseLock: &resourcelock.LeaseLock{
+		LeaseMeta: metav1.ObjectMeta{Namespace: e.namespace, Name: leaseName}, Client: e.clients.CoordinationV1(),
+		LockConfig: resourcelock.ResourceLockConfig{Identity: e.identity},
+	}}
+}
+
+func (e *election) setLeads(leads bool) {
+	e.mu.Lock()
+	e.leads = leads
+	e.mu.Unlock()
 }
 
 // run runs lead while this process holds the Lease, ends when lead does or when it loses the Lease, and returns what lead
 // did. The Lease is given up only after lead has ended: until then it may write.
-func (e election) run(ctx context.Context, lead func(context.Context) error) error {
-	lock := &resourcelock.LeaseLock{
-		LeaseMeta: metav1.ObjectMeta{Namespace: e.namespace, Name: leaseName}, Client: e.clients.CoordinationV1(),
-		LockConfig: resourcelock.ResourceLockConfig{Identity: e.identity},
-	}
+func (e *election) run(ctx context.Context, lead func(context.Context) error) error {
+	lock := e.lock()
 	// Renewing goes on after ctx, until lead has ended.
 	renewing, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
@@ -48,7 +151,10 @@ func (e election) run(ctx context.Context, lead func(context.Context) error) err
 				leading, cancel := context.WithCancel(held)
 				defer cancel()
 				defer context.AfterFunc(ctx, cancel)()
-				ended <- lead(leading)
+				e.setLeads(true)
+				err := lead(leading)
+				e.setLeads(false)
+				ended <- err
 				stop()
 			},
 			OnStoppedLeading: func() {},
@@ -78,7 +184,7 @@ func (e election) run(ctx context.Context, lead func(context.Context) error) err
 }
 
 // release lets the next leader begin at once, if the Lease is still this process's.
-func (e election) release(ctx context.Context, lock *resourcelock.LeaseLock) {
+func (e *election) release(ctx context.Context, lock *watched) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseLimit)
 	defer cancel()
 	record, _, err := lock.Get(ctx)

@@ -16,8 +16,8 @@ import (
 	k8stesting "k8s.io/client-go/testing"
 )
 
-func candidate(clients *fake.Clientset, identity string) election {
-	return election{clients: clients, namespace: "weft-system", identity: identity, log: slog.New(slog.DiscardHandler)}
+func candidate(clients *fake.Clientset, name string) *election {
+	return &election{clients: clients, namespace: "weft-system", identity: name, log: slog.New(slog.DiscardHandler)}
 }
 
 // holder of the Lease; empty: nobody.
@@ -34,7 +34,7 @@ func holder(t *testing.T, clients *fake.Clientset) string {
 }
 
 // start runs an election until cancel; what lead did comes on ended.
-func start(e election, lead func(context.Context) error) (cancel context.CancelFunc, ended <-chan error) {
+func start(e *election, lead func(context.Context) error) (cancel context.CancelFunc, ended <-chan error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	out := make(chan error, 1)
 	go func() { out <- e.run(ctx, lead) }()
@@ -145,6 +145,81 @@ func TestLostLeaseIsNotTakenBack(t *testing.T) {
 		}
 		if got := holder(t, clients); got != "two" {
 			t.Errorf("the Lease is %q's, want the new leader's", got)
+		}
+	})
+}
+
+func TestPresence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		clients := fake.NewClientset()
+		one := newElection(clients, "weft-system", identity{"one", "10.0.0.1", "x"}, slog.New(slog.DiscardHandler))
+		two := newElection(clients, "weft-system", identity{"two", "fd00::2", "y"}, slog.New(slog.DiscardHandler))
+		var away atomic.Bool
+		refuse := func(k8stesting.Action) (bool, runtime.Object, error) {
+			return away.Load(), nil, errors.New("the API server is away")
+		}
+		clients.PrependReactor("get", "leases", refuse)
+		clients.PrependReactor("update", "leases", refuse)
+		stopOne, _ := start(one, func(ctx context.Context) error { <-ctx.Done(); return nil })
+		synctest.Wait()
+		stopTwo, _ := start(two, func(ctx context.Context) error { <-ctx.Done(); return nil })
+		time.Sleep(2 * renewEvery)
+		if p := one.presence(); !p.Self {
+			t.Errorf("the leader: %+v", p)
+		}
+		if p := two.presence(); p.Self || p.Address != "10.0.0.1" {
+			t.Errorf("the other: %+v", p)
+		}
+		away.Store(true)
+		time.Sleep(2 * leaseLife)
+		for _, e := range []*election{one, two} {
+			if p := e.presence(); p.Self || p.Address != "" {
+				t.Errorf("while the API server is away: %+v", p)
+			}
+		}
+		away.Store(false)
+		time.Sleep(2 * leaseLife)
+		if p := two.presence(); !p.Self && p.Address == "" {
+			t.Errorf("when it is back: %+v", p)
+		}
+		stopOne()
+		stopTwo()
+		time.Sleep(2 * leaseLife)
+	})
+	if got := addressOf("hostname"); got != "" {
+		t.Errorf("an earlier version's holder is at %q", got)
+	}
+}
+
+// TestWhoKnowsNothingLetsOthersLead, as long as there may be some.
+func TestWhoKnowsNothingLetsOthersLead(t *testing.T) {
+	waits := func(t *testing.T, clients *fake.Clientset, knows func() bool) time.Duration {
+		t.Helper()
+		began := time.Now()
+		candidate(clients, "new").await(t.Context(), knows)
+		return time.Since(began)
+	}
+	never := func() bool { return false }
+	lease := func(holder string, renewed time.Time) *coordinationv1.Lease {
+		at, life := metav1.NewMicroTime(renewed), int32(6)
+		return &coordinationv1.Lease{ObjectMeta: metav1.ObjectMeta{Namespace: "weft-system", Name: leaseName},
+			Spec: coordinationv1.LeaseSpec{HolderIdentity: &holder, RenewTime: &at, AcquireTime: &at, LeaseDurationSeconds: &life}}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		if took := waits(t, fake.NewClientset(), never); took != 0 {
+			t.Errorf("nobody has ever led: %s", took)
+		}
+		if took := waits(t, fake.NewClientset(lease("", time.Now().Add(-time.Minute))), never); took != 0 {
+			t.Errorf("the Lease was given up long ago: %s", took)
+		}
+		if took := waits(t, fake.NewClientset(lease("", time.Now())), never); took < vacancy {
+			t.Errorf("the Lease was given up now: %s", took)
+		}
+		if took := waits(t, fake.NewClientset(lease("one_10.0.0.1_x", time.Now())), never); took < leaseLife+vacancy {
+			t.Errorf("the leader died now: %s", took)
+		}
+		if took := waits(t, fake.NewClientset(lease("one_10.0.0.1_x", time.Now())), func() bool { return true }); took != 0 {
+			t.Errorf("it knows the orders: %s", took)
 		}
 	})
 }

@@ -15,13 +15,13 @@ import (
 // stuck is how long a turn of the engine may take before the process counts as hung; the longest seen takes seconds.
 const stuck = 30 * time.Second
 
-// process is what the HTTP endpoints tell of: every replica has one, the leader fills it.
+// process is what the HTTP endpoints tell of.
 type process struct {
 	registry *prometheus.Registry
 	metrics  *metrics
-	ready    atomic.Bool
-	// busy is how long the engine has been in a turn.
-	busy atomic.Pointer[func() time.Duration]
+	// busy is how long the engine has been in a turn; ready: agents are served.
+	busy  atomic.Pointer[func() time.Duration]
+	ready atomic.Pointer[func() bool]
 }
 
 func newProcess() *process {
@@ -29,9 +29,12 @@ func newProcess() *process {
 	return &process{registry: r, metrics: newMetrics(r)}
 }
 
-func (p *process) watch(busy func() time.Duration) { p.busy.Store(&busy) }
+func (p *process) watch(busy func() time.Duration, ready func() bool) {
+	p.busy.Store(&busy)
+	p.ready.Store(&ready)
+}
 
-// health asks the part that a hung controller hangs in. A replica that does not lead has none.
+// health asks the part that a hung controller hangs in.
 func (p *process) health() error {
 	busy := p.busy.Load()
 	if busy == nil {
@@ -55,8 +58,8 @@ func (p *process) handler() http.Handler {
 		fmt.Fprintln(w, "ok")
 	})
 	mux.HandleFunc("/readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if !p.ready.Load() {
-			http.Error(w, "not leading, or objects are still being read", http.StatusServiceUnavailable)
+		if ready := p.ready.Load(); ready == nil || !(*ready)() {
+			http.Error(w, "objects or the leader's orders are still being read, or this replica is behind the leader", http.StatusServiceUnavailable)
 			return
 		}
 		fmt.Fprintln(w, "ok")

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -44,13 +45,15 @@ func TestHealthAndReadiness(t *testing.T) {
 			t.Errorf("%s: %s answers %d %s, want %d %s", name, path, got, body, code, says)
 		}
 	}
-	look("a replica that does not lead", "/healthz", http.StatusOK, "ok")
-	look("a replica that does not lead", "/readyz", http.StatusServiceUnavailable, "not leading")
+	look("a replica that starts", "/healthz", http.StatusOK, "ok")
+	look("a replica that starts", "/readyz", http.StatusServiceUnavailable, "orders are still being read")
 	busy := time.Duration(0)
-	p.watch(func() time.Duration { return busy })
-	p.ready.Store(true)
-	look("the leader", "/healthz", http.StatusOK, "ok")
-	look("the leader", "/readyz", http.StatusOK, "ok")
+	ready := false
+	p.watch(func() time.Duration { return busy }, func() bool { return ready })
+	look("a replica that serves nobody", "/readyz", http.StatusServiceUnavailable, "behind the leader")
+	ready = true
+	look("a replica that serves", "/healthz", http.StatusOK, "ok")
+	look("a replica that serves", "/readyz", http.StatusOK, "ok")
 	busy = stuck
 	look("in a long turn", "/healthz", http.StatusOK, "ok")
 	busy = stuck + time.Second
@@ -91,6 +94,27 @@ func TestMetrics(t *testing.T) {
 	} {
 		if !strings.Contains(body, want+"\n") && !strings.Contains(body, want+" ") {
 			t.Errorf("want %s in\n%s", want, body)
+		}
+	}
+}
+
+func TestMetricsAreDocumented(t *testing.T) {
+	page, err := os.ReadFile("../docs/METRICS.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := newProcess()
+	none := func() int { return 0 }
+	p.metrics.replica(p.registry, none, none, none, func() bool { return false })
+	p.metrics.states.WithLabelValues("any")
+	p.metrics.svids.WithLabelValues("OK")
+	families, err := p.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if name := f.GetName(); strings.HasPrefix(name, "weft_") && !strings.Contains(string(page), "\n| `"+name) {
+			t.Errorf("docs/METRICS.md has no %s", name)
 		}
 	}
 }

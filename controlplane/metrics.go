@@ -28,7 +28,7 @@ func newMetrics(r *prometheus.Registry) *metrics {
 	}
 	m := &metrics{
 		leader:   gauge("leader", "1 while this replica leads."),
-		nodes:    gauge("nodes", "Connected node agents."),
+		nodes:    gauge("nodes", "Connected node agents of all replicas; this one and those below are the leader's."),
 		behind:   gauge("nodes_behind", "Connected node agents that have not acknowledged the newest resources."),
 		away:     gauge("nodes_away", "Node agents whose stream ended less than a minute ago."),
 		refusals: gauge("refusals", "Resources that some node's Envoy refused."),
@@ -60,10 +60,28 @@ func (m *metrics) picture(all engine.Picture) {
 	}
 }
 
-// roots counts those of the trust bundle: two while the root is changed.
-func (m *metrics) roots(r *prometheus.Registry, count func() int) {
-	r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "weft_controlplane_roots", Help: "Roots in the trust bundle: two while the root is changed."},
-		func() float64 { return float64(count()) }))
+// forget takes back what only a leader knows.
+func (m *metrics) forget() {
+	for _, g := range []prometheus.Gauge{m.nodes, m.behind, m.away, m.refusals, m.services, m.pods, m.problems} {
+		g.Set(0)
+	}
+	m.states.Reset()
+}
+
+// replica tells of this replica what it knows itself.
+func (m *metrics) replica(r *prometheus.Registry, roots, agents, followers func() int, follows func() bool) {
+	value := func(name, help string, value func() float64) {
+		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "weft_controlplane_" + name, Help: help}, value))
+	}
+	value("roots", "Roots in the trust bundle: two while the root is changed.", func() float64 { return float64(roots()) })
+	value("agents", "Node agents that this replica serves.", func() float64 { return float64(agents()) })
+	value("followers", "Replicas that follow this one; 0 on those that do not lead.", func() float64 { return float64(followers()) })
+	value("following", "1 while this replica serves the orders of a leader that is there.", func() float64 {
+		if follows() {
+			return 1
+		}
+		return 0
+	})
 }
 
 // signs counts the SVIDs that are issued and refused.

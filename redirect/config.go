@@ -34,20 +34,26 @@ type Limits struct {
 	Pods uint32
 	// Services is the number of service addresses (address and port). Default 65536, most 2097151.
 	Services uint32
-	// Addresses is the number of enrolled pods' addresses in the whole cluster. Default 65536, most 2097151.
+	// Addresses is the number of enrolled pods' addresses in the whole cluster. Default 65536, most 1048575.
 	Addresses uint32
 	// Handovers is the number of connections on their way from connect(2) to the accepting socket, all pods together.
 	// Default 65536.
 	Handovers uint32
 	// ConnectionsPerPod bounds the captured connections that one pod holds open, outbound and inbound each. Default 4000.
 	ConnectionsPerPod uint32
+	// ShortcutSockets is the number of sockets, of apps and Envoy, in the short circuit; those beyond stay on TCP. Default 32768.
+	ShortcutSockets uint32
+	// ShortcutBytes bounds what waits in one socket by the short circuit; the rest goes by TCP. In whole KiB,
+	// most 64 MiB. Default 1 MiB.
+	ShortcutBytes uint32
 }
 
 func (l Limits) withDefaults() Limits {
 	for _, f := range []struct {
 		field    *uint32
 		fallback uint32
-	}{{&l.Pods, 1024}, {&l.Services, 65536}, {&l.Addresses, 65536}, {&l.Handovers, 65536}, {&l.ConnectionsPerPod, 4000}} {
+	}{{&l.Pods, 1024}, {&l.Services, 65536}, {&l.Addresses, 65536}, {&l.Handovers, 65536}, {&l.ConnectionsPerPod, 4000},
+		{&l.ShortcutSockets, 32768}, {&l.ShortcutBytes, 1 << 20}} {
 		if *f.field == 0 {
 			*f.field = f.fallback
 		}
@@ -61,8 +67,8 @@ func (c Config) validate() error {
 			return fmt.Errorf("load hooks: %s %q is not an absolute path", d.name, d.path)
 		}
 	}
-	if c.Limits.Services > maxServiceID || c.Limits.Addresses > maxServiceID {
-		return fmt.Errorf("load hooks: at most %d services and as many addresses fit into the steering range", maxServiceID)
+	if c.Limits.Services > maxServiceID || c.Limits.Addresses > maxAddressID {
+		return fmt.Errorf("load hooks: at most %d services and %d addresses fit into the steering range", maxServiceID, maxAddressID)
 	}
 	if c.NodeNetns != "" && c.KubeletCgroup == "" {
 		return fmt.Errorf("load hooks: NodeNetns alone lets no probe pass: set KubeletCgroup too")

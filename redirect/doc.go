@@ -11,6 +11,10 @@
 // a new one) share a kernel without touching each other's pods: every hook first looks the socket's netns cookie up in
 // its own maps and passes what is not its own.
 //
+// A pod may also have the short circuit (SetShortcut): what its apps and Envoy send each other on captured connections and
+// local legs goes from socket to socket, past TCP. It is the one part that reads the kernel's own structures, and needs
+// Linux 6.18 or later; a kernel without it has all the rest.
+//
 // The order of calls for one pod is Enrol, wait until Listening names the listeners, Capture inbound, Capture outbound,
 // SetMode; and backwards: SetMode permissive, Capture off, Withdraw. Gate comes first for a pod that must not speak before.
 //

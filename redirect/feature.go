@@ -36,12 +36,7 @@ var kernelFeatures = []feature{
 
 // explain turns the failure to load into what is missing, so that the operator knows what to change.
 func explain(cause error) error {
-	release := "of this node"
-	var uts unix.Utsname
-	if unix.Uname(&uts) == nil {
-		release = unix.ByteSliceToString(uts.Release[:])
-	}
-	return explainFor(release, kernelFeatures, lackingRights(), cause)
+	return explainFor(kernelRelease(), kernelFeatures, lackingRights(), cause)
 }
 
 func explainFor(release string, features []feature, lacking []string, cause error) error {

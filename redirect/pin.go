@@ -18,7 +18,7 @@ import (
 
 // pins names the files of one instance on the bpffs:
 //
-//	maps/<map>                 every map of the object
+//	maps/<map>                 every map of the object; on joined hang the programs of the short circuit
 //	hooks/<program>            links at the cgroup root
 //	proxies/<generation>/<program>  links at an Envoy's cgroup
 //	pods/<netns cookie>        the sk_lookup link of a pod

@@ -122,6 +122,9 @@ func (r *Redirect) enter(write func(name string, key, value any) error, cookie u
 	if err := write(weftMapUsages, cookie, weftUsage{}); err != nil {
 		return err
 	}
+	if err := write(weftMapLegs, cookie, uint64(0)); err != nil {
+		return err
+	}
 	return write(weftMapPods, cookie, entry)
 }
 

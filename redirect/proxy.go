@@ -3,6 +3,7 @@ package redirect
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -58,11 +59,38 @@ func (r *Redirect) attachProxyHook(name string, generation uint32, cgroup target
 	}
 	defer program.Close()
 	cgroup.attach = r.spec.Programs[name].AttachType
+	path := filepath.Join(r.pins.proxy(generation), name)
+	if err := keepBefore(path, cgroup.id); err != nil {
+		return err
+	}
 	var undo undoList
 	defer undo.drop()
-	change, err := ensureLink(filepath.Join(r.pins.proxy(generation), name), cgroup, program, &undo)
+	change, err := ensureLink(path, cgroup, program, &undo)
 	r.logChange(change, name)
 	return err
+}
+
+// before is what the pin of a generation's last link is called, at the cgroup that its Envoy had in a container that has ended.
+// What waits at that Envoy's sockets for the next one has that cgroup's hooks: without them the next one would not learn where
+// it was meant for.
+func before(path string) string { return path + "-before" }
+
+// keepBefore keeps the link pinned at path when it is of another cgroup.
+func keepBefore(path string, cgroup uint64) error {
+	last, err := openAttachment(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	defer last.link.Close()
+	if last.id == cgroup || last.id == 0 {
+		return nil
+	}
+	if err := os.Rename(path, before(path)); err != nil {
+		return fmt.Errorf("keep the hooks of Envoy's last container: %w", err)
+	}
+	return nil
 }
 
 // DetachProxy takes AttachProxy back. A generation that is not attached is no error.
@@ -75,7 +103,8 @@ func (r *Redirect) DetachProxy(generation uint32) error {
 func (r *Redirect) detachProxy(generation uint32) error {
 	errs := []error{r.exempt(generation, 0)}
 	for _, name := range proxyHooks {
-		errs = append(errs, removePin(filepath.Join(r.pins.proxy(generation), name)))
+		path := filepath.Join(r.pins.proxy(generation), name)
+		errs = append(errs, removePin(path), removePin(before(path)))
 	}
 	errs = append(errs, removePin(r.pins.proxy(generation)))
 	if err := errors.Join(errs...); err != nil {

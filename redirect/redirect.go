@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -39,6 +40,8 @@ type Redirect struct {
 	mu       sync.Mutex
 	instance weftInstance
 	pods     map[string]uint64 // uid → netns cookie
+	// shortcutRefused is why this kernel cannot have the short circuit; it never changes after Load.
+	shortcutRefused error
 	// capturedUntil holds, by netns cookie, when outbound capture of a pod was last on, if it was switched off since.
 	capturedUntil map[uint64]time.Time
 	services      map[netip.AddrPort]weftService
@@ -104,6 +107,7 @@ func (r *Redirect) load(cfg Config, object func() (*ebpf.CollectionSpec, error),
 	if err := r.loadPrograms(); err != nil {
 		return err
 	}
+	r.loadShortcut(tryShortcut)
 	if err := r.configure(cfg); err != nil {
 		return err
 	}
@@ -142,10 +146,10 @@ func (r *Redirect) load(cfg Config, object func() (*ebpf.CollectionSpec, error),
 
 func resize(spec *ebpf.CollectionSpec, l Limits) {
 	for name, entries := range map[string]uint32{
-		weftMapPods: l.Pods, weftMapRecords: l.Pods, weftMapUsages: l.Pods, weftMapLostLegs: l.Pods,
+		weftMapPods: l.Pods, weftMapRecords: l.Pods, weftMapUsages: l.Pods, weftMapLegs: l.Pods, weftMapLostLegs: l.Pods,
 		weftMapOwn: 16 * l.Pods, weftMapProbes: 16 * l.Pods, weftMapServerFirst: 16 * l.Pods, weftMapListeners: 8 * l.Pods,
 		weftMapServices: l.Services, weftMapServiceIds: l.Services + l.Addresses, weftMapAddresses: l.Addresses,
-		weftMapHandovers: l.Handovers,
+		weftMapHandovers: l.Handovers, weftMapPeers: l.ShortcutSockets, weftMapJoined: l.ShortcutSockets, weftMapReceived: l.ShortcutSockets,
 	} {
 		spec.Maps[name].MaxEntries = entries
 	}
@@ -204,7 +208,7 @@ func (r *Redirect) loadPrograms() error {
 // configure fills the instance's own entry: whose probes pass, and the limit of new pods. A node whose kubelet cannot be
 // told from other processes has no exemption, and works on.
 func (r *Redirect) configure(cfg Config) error {
-	r.instance = weftInstance{Limit: cfg.Limits.ConnectionsPerPod}
+	r.instance = weftInstance{Limit: cfg.Limits.ConnectionsPerPod, Bound: uint16(min(cfg.Limits.ShortcutBytes>>10, math.MaxUint16))}
 	if err := text(r.instance.BootId[:], "boot id", cfg.BootID); err != nil {
 		return fmt.Errorf("load hooks: %w", err)
 	}
@@ -216,7 +220,24 @@ func (r *Redirect) configure(cfg Config) error {
 		r.instance.NodeNetns = ns.cookie
 		ns.close()
 	}
+	var before weftInstance
+	if err := r.maps[weftMapConfig].Lookup(uint32(0), &before); err != nil {
+		return fmt.Errorf("load hooks: read configuration: %w", err)
+	}
+	r.instance.OwnAddress = before.OwnAddress // until SetClientAddress says otherwise
 	r.lookAtKubelet()
+	return nil
+}
+
+// SetClientAddress says whether apps see their clients' addresses, or own: their pod's. It counts for connections that
+// Envoy makes from now on.
+func (r *Redirect) SetClientAddress(own bool) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if set := uint16(flag(own)); r.instance.OwnAddress != set {
+		r.instance.OwnAddress = set
+		return r.writeInstance()
+	}
 	return nil
 }
 
@@ -231,6 +252,20 @@ func (r *Redirect) SetConnectionsPerPod(n uint32) error {
 	}
 	r.instance.Limit = limits.ConnectionsPerPod
 	return r.writeInstance()
+}
+
+// Alive tells the hooks that there is an agent. Call it every few seconds: 30 s after the last time, where no Envoy listens
+// either, a pod that is not Strict is as it would be without weft, in and out. Before the first call there is no such end.
+func (r *Redirect) Alive() error {
+	var now unix.Timespec
+	err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now)
+	if err == nil {
+		err = r.maps[weftMapSeen].Put(uint32(0), uint64(now.Nano()))
+	}
+	if err != nil {
+		return fmt.Errorf("say that the agent lives: %w", err)
+	}
+	return nil
 }
 
 // writeInstance puts r.instance into effect.
@@ -263,7 +298,7 @@ func openCgroup(path string, attach ebpf.AttachType) (target, error) {
 	return target{file: file, attach: attach, id: id}, nil
 }
 
-// ensureHooks attaches what is missing at the cgroup root.
+// ensureHooks attaches what is missing at the cgroup root, and to sockets that join the short circuit.
 func (r *Redirect) ensureHooks(undo *undoList) error {
 	root, err := openCgroup(r.cgroupRoot, 0)
 	if err != nil {
@@ -278,7 +313,7 @@ func (r *Redirect) ensureHooks(undo *undoList) error {
 		}
 		r.logChange(change, name)
 	}
-	return nil
+	return r.ensureShortcut(undo)
 }
 
 // keepHooks is ensureHooks of an instance that is loaded: what one hook lacks, the others keep.

@@ -3,8 +3,10 @@ package redirect
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -26,7 +28,7 @@ func TestHooksAgreeWithNames(t *testing.T) {
 	}{
 		{"first proxy port", int(weftPortPORT_FIRST), names.PortFirst},
 		{"last proxy port", int(weftPortPORT_LAST), names.PortLast},
-		{"TCP class port", int(weftPortPORT_OUT_TCP), names.PortOutTCP},
+		{"pod class port", int(weftPortPORT_OUT_POD), names.PortOutPod},
 		{"ports of a generation", int(weftPortGENERATION_ROW), names.GenerationRow},
 		{"outbound role", int(weftRoleROLE_OUT), int(RoleOut)},
 		{"inbound role", int(weftRoleROLE_IN), int(RoleIn)},
@@ -36,6 +38,7 @@ func TestHooksAgreeWithNames(t *testing.T) {
 		{"local leg", int(weftOptionTAG_LOCAL_LEG), names.TagLocalLeg},
 		{"outbound leg", int(weftOptionTAG_OUTBOUND_LEG), names.TagOutboundLeg},
 		{"counters", int(weftCounterCOUNTERS), len(counterNames)},
+		{"counters of the short circuit", int(weftShortcutCounterSHORTCUT_COUNTERS), len(shortcutNames)},
 	} {
 		if c.hook != c.our {
 			t.Errorf("%s: the hooks have %d, Go has %d", c.name, c.hook, c.our)
@@ -56,14 +59,51 @@ func TestCountersHaveTheNamesOfTheHooks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var enum *btf.Enum
-	if err := spec.Types.TypeByName("counter", &enum); err != nil {
+	for _, c := range []struct {
+		enum, prefix string
+		names        []string
+	}{{"counter", "COUNT_", counterNames[:]}, {"shortcut_counter", "", shortcutNames[:]}} {
+		var enum *btf.Enum
+		if err := spec.Types.TypeByName(c.enum, &enum); err != nil {
+			t.Fatal(err)
+		}
+		for i, name := range c.names {
+			if want := c.prefix + strings.ToUpper(name); enum.Values[i].Name != want || enum.Values[i].Value != uint64(i) {
+				t.Errorf("counter %d is %s in the hooks, %s here", i, enum.Values[i].Name, want)
+			}
+		}
+	}
+}
+
+func TestMetricsAreDocumented(t *testing.T) {
+	page, err := os.ReadFile("../docs/METRICS.md")
+	if err != nil {
 		t.Fatal(err)
 	}
-	for i, name := range counterNames {
-		if want := "COUNT_" + strings.ToUpper(name); enum.Values[i].Name != want || enum.Values[i].Value != uint64(i) {
-			t.Errorf("counter %d is %s in the hooks, %s here", i, enum.Values[i].Name, want)
+	for _, name := range append(counterNames[:], shortcutNames[:]...) {
+		if !strings.Contains(string(page), "\n| `"+name+"` | ") {
+			t.Errorf("docs/METRICS.md has no kind %s", name)
 		}
+	}
+}
+
+func TestOldKernelsAreRefusedTheShortCircuit(t *testing.T) {
+	for release, refused := range map[string]bool{
+		"5.15.0-91-generic": true, "6.1.192": true, "6.12.117+deb13-cloud-amd64": true, "6.17.9": true, "of this node": true, "": true,
+		"6.18.0": false, "6.18-rc7": false, "6.18.44-x": false, "6.20.1": false, "7.0.1": false, "10.2": false,
+	} {
+		err := checkRelease(release)
+		if refused != (err != nil) || refused && !errors.Is(err, ErrUnsupported) {
+			t.Errorf("kernel %q: %v", release, err)
+		}
+	}
+	r := &Redirect{log: slog.New(slog.DiscardHandler)}
+	r.loadShortcut(func() error { return fmt.Errorf("which does what it should not: %w", ErrUnsupported) })
+	if err := r.ShortcutRefused(); !errors.Is(err, ErrUnsupported) {
+		t.Error(err)
+	}
+	if len(r.programs) > 0 {
+		t.Error("it loaded programs")
 	}
 }
 
@@ -198,7 +238,7 @@ func TestConfigIsCheckedFirst(t *testing.T) {
 		"CgroupRoot":    {PinDir: "/x"},
 		"PinDir":        {CgroupRoot: "/x", PinDir: filepath.Join("x", "y")},
 		"KubeletCgroup": {CgroupRoot: "/x", PinDir: "/x", NodeNetns: "/x"},
-		"steering":      {CgroupRoot: "/x", PinDir: "/x", Limits: Limits{Addresses: maxServiceID + 1}},
+		"steering":      {CgroupRoot: "/x", PinDir: "/x", Limits: Limits{Addresses: maxAddressID + 1}},
 	} {
 		if err := cfg.validate(); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%+v: %v", cfg, err)

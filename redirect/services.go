@@ -10,10 +10,12 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-// Steering ids are 22 bits, the host part of names.SteerIPv4: services have the lower half, pods' addresses the upper.
+// Steering ids are 22 bits, the host part of names.SteerIPv4: services have the lower half, pods' addresses the next quarter.
+// The last one is names.LegIPv4.
 const (
 	maxServiceID   = 1<<21 - 1
 	firstAddressID = 1 << 21
+	maxAddressID   = 1<<20 - 1
 )
 
 // allocator gives out ids first..last, going round, so that an id that was just freed is the last to come again.
@@ -53,7 +55,7 @@ func (r *Redirect) readBack() error {
 	r.services = map[netip.AddrPort]weftService{}
 	r.addresses = map[netip.Addr]uint32{}
 	r.serviceID = newAllocator(1, maxServiceID)
-	r.addressID = newAllocator(firstAddressID, firstAddressID+maxServiceID)
+	r.addressID = newAllocator(firstAddressID, firstAddressID+maxAddressID)
 
 	var cookie uint64
 	var record weftPodRecord

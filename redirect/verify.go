@@ -37,6 +37,22 @@ func (r *Redirect) Pods() ([]Pod, error) {
 	return pods, nil
 }
 
+// Leaving counts the pods that are withdrawn and still have captured connections.
+func (r *Redirect) Leaving() (n int, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, cookie := range r.pods {
+		leaving, err := r.leaving(cookie)
+		if err != nil {
+			return 0, fmt.Errorf("count pods that leave: %w", err)
+		}
+		if leaving {
+			n++
+		}
+	}
+	return n, nil
+}
+
 func podOf(cookie uint64, record weftPodRecord) Pod {
 	return Pod{
 		UID:       textOf(record.Uid[:]),
@@ -129,6 +145,7 @@ func (r *Redirect) verify(cookie uint64) (State, error) {
 		Inbound:         entry.Flags&weftPodFlagPOD_INBOUND != 0,
 		Outbound:        entry.Flags&weftPodFlagPOD_OUTBOUND != 0,
 		Strict:          entry.Flags&weftPodFlagPOD_STRICT != 0,
+		Shortcut:        entry.Flags&weftPodFlagPOD_SHORTCUT != 0,
 		Generation:      entry.Generation,
 		Outgoing:        usage.Outgoing,
 		Incoming:        usage.Incoming,
@@ -143,6 +160,11 @@ func (r *Redirect) verify(cookie uint64) (State, error) {
 	}
 	proxy, err := r.driftOfProxy(maps[weftMapProxies], entry.Generation)
 	state.Drift = append(state.Drift, proxy...)
+	if err == nil && state.Shortcut {
+		var shortcut []string
+		shortcut, err = r.driftOfShortcut()
+		state.Drift = append(state.Drift, shortcut...)
+	}
 	return state, err
 }
 

@@ -45,7 +45,11 @@ const (
 	weftCounterCOUNT_LISTENER_FAILED       weftCounter = 21
 	weftCounterCOUNT_ORIGINAL_DST_MISSING  weftCounter = 22
 	weftCounterCOUNT_CLOSED_BEFORE_ACCEPT  weftCounter = 23
-	weftCounterCOUNTERS                    weftCounter = 24
+	weftCounterCOUNT_OUT_PLAIN             weftCounter = 24
+	weftCounterCOUNT_LEG_REFUSED_LIMIT     weftCounter = 25
+	weftCounterCOUNT_REFUSED_LEG_ADDRESS   weftCounter = 26
+	weftCounterCOUNT_CLIENT_UNKNOWN        weftCounter = 27
+	weftCounterCOUNTERS                    weftCounter = 28
 )
 
 type weftEndpoint struct {
@@ -71,7 +75,8 @@ type weftInstance struct {
 	KubeletCgroup uint64
 	BootId        [64]uint8
 	Limit         uint32
-	Pad           uint32
+	OwnAddress    uint16
+	Bound         uint16
 }
 
 type weftListener struct {
@@ -89,6 +94,18 @@ const (
 	weftOptionOPTION_NAME      weftOption = 1
 	weftOptionOPTION_LEVEL     weftOption = 22342
 )
+
+type weftPassed struct {
+	_     structs.HostLayout
+	Next  uint32
+	Known uint32
+}
+
+type weftPeer struct {
+	_      structs.HostLayout
+	Socket uint64
+	Cookie uint64
+}
 
 type weftPod struct {
 	_          structs.HostLayout
@@ -114,6 +131,7 @@ const (
 	weftPodFlagPOD_IPV4     weftPodFlag = 16
 	weftPodFlagPOD_IPV6     weftPodFlag = 32
 	weftPodFlagPOD_LEAVING  weftPodFlag = 64
+	weftPodFlagPOD_SHORTCUT weftPodFlag = 128
 )
 
 type weftPodPort struct {
@@ -143,7 +161,7 @@ type weftPort uint32
 const (
 	weftPortPORT_FIRST     weftPort = 15000
 	weftPortPORT_LAST      weftPort = 15019
-	weftPortPORT_OUT_TCP   weftPort = 15002
+	weftPortPORT_OUT_POD   weftPort = 15004
 	weftPortGENERATION_ROW weftPort = 10
 )
 
@@ -160,6 +178,23 @@ type weftService struct {
 	Id   uint32
 	Port weftPort
 }
+
+type weftShortcutCounter uint32
+
+const (
+	weftShortcutCounterSHORTCUT_JOINED              weftShortcutCounter = 0
+	weftShortcutCounterSHORTCUT_FULL                weftShortcutCounter = 1
+	weftShortcutCounterSHORTCUT_REFUSED             weftShortcutCounter = 2
+	weftShortcutCounterSHORTCUT_TRIMMED_BYTES       weftShortcutCounter = 3
+	weftShortcutCounterSHORTCUT_TRIM_FAILED         weftShortcutCounter = 4
+	weftShortcutCounterSHORTCUT_REDIRECTED_BYTES    weftShortcutCounter = 5
+	weftShortcutCounterSHORTCUT_PASSED_OFF_BYTES    weftShortcutCounter = 6
+	weftShortcutCounterSHORTCUT_PASSED_ALONE_BYTES  weftShortcutCounter = 7
+	weftShortcutCounterSHORTCUT_PASSED_CLOSED_BYTES weftShortcutCounter = 8
+	weftShortcutCounterSHORTCUT_PASSED_UNREAD_BYTES weftShortcutCounter = 9
+	weftShortcutCounterSHORTCUT_PASSED_BOUND_BYTES  weftShortcutCounter = 10
+	weftShortcutCounterSHORTCUT_COUNTERS            weftShortcutCounter = 11
+)
 
 type weftTuple struct {
 	_               structs.HostLayout
@@ -187,16 +222,22 @@ const (
 	weftMapConfig           = "config"
 	weftMapCounters         = "counters"
 	weftMapHandovers        = "handovers"
+	weftMapJoined           = "joined"
+	weftMapLegs             = "legs"
 	weftMapListeners        = "listeners"
 	weftMapLostLegs         = "lost_legs"
 	weftMapOwn              = "own"
+	weftMapPeers            = "peers"
 	weftMapPods             = "pods"
 	weftMapProbes           = "probes"
 	weftMapProxies          = "proxies"
+	weftMapReceived         = "received"
 	weftMapRecords          = "records"
+	weftMapSeen             = "seen"
 	weftMapServerFirst      = "server_first"
 	weftMapServiceIds       = "service_ids"
 	weftMapServices         = "services"
+	weftMapShortcuts        = "shortcuts"
 	weftMapSockets          = "sockets"
 	weftMapUsages           = "usages"
 	weftProgBind4           = "bind4"
@@ -279,16 +320,22 @@ type weftMapSpecs struct {
 	Config      *ebpf.MapSpec `ebpf:"config"`
 	Counters    *ebpf.MapSpec `ebpf:"counters"`
 	Handovers   *ebpf.MapSpec `ebpf:"handovers"`
+	Joined      *ebpf.MapSpec `ebpf:"joined"`
+	Legs        *ebpf.MapSpec `ebpf:"legs"`
 	Listeners   *ebpf.MapSpec `ebpf:"listeners"`
 	LostLegs    *ebpf.MapSpec `ebpf:"lost_legs"`
 	Own         *ebpf.MapSpec `ebpf:"own"`
+	Peers       *ebpf.MapSpec `ebpf:"peers"`
 	Pods        *ebpf.MapSpec `ebpf:"pods"`
 	Probes      *ebpf.MapSpec `ebpf:"probes"`
 	Proxies     *ebpf.MapSpec `ebpf:"proxies"`
+	Received    *ebpf.MapSpec `ebpf:"received"`
 	Records     *ebpf.MapSpec `ebpf:"records"`
+	Seen        *ebpf.MapSpec `ebpf:"seen"`
 	ServerFirst *ebpf.MapSpec `ebpf:"server_first"`
 	ServiceIds  *ebpf.MapSpec `ebpf:"service_ids"`
 	Services    *ebpf.MapSpec `ebpf:"services"`
+	Shortcuts   *ebpf.MapSpec `ebpf:"shortcuts"`
 	Sockets     *ebpf.MapSpec `ebpf:"sockets"`
 	Usages      *ebpf.MapSpec `ebpf:"usages"`
 }
@@ -323,16 +370,22 @@ type weftMaps struct {
 	Config      *ebpf.Map `ebpf:"config"`
 	Counters    *ebpf.Map `ebpf:"counters"`
 	Handovers   *ebpf.Map `ebpf:"handovers"`
+	Joined      *ebpf.Map `ebpf:"joined"`
+	Legs        *ebpf.Map `ebpf:"legs"`
 	Listeners   *ebpf.Map `ebpf:"listeners"`
 	LostLegs    *ebpf.Map `ebpf:"lost_legs"`
 	Own         *ebpf.Map `ebpf:"own"`
+	Peers       *ebpf.Map `ebpf:"peers"`
 	Pods        *ebpf.Map `ebpf:"pods"`
 	Probes      *ebpf.Map `ebpf:"probes"`
 	Proxies     *ebpf.Map `ebpf:"proxies"`
+	Received    *ebpf.Map `ebpf:"received"`
 	Records     *ebpf.Map `ebpf:"records"`
+	Seen        *ebpf.Map `ebpf:"seen"`
 	ServerFirst *ebpf.Map `ebpf:"server_first"`
 	ServiceIds  *ebpf.Map `ebpf:"service_ids"`
 	Services    *ebpf.Map `ebpf:"services"`
+	Shortcuts   *ebpf.Map `ebpf:"shortcuts"`
 	Sockets     *ebpf.Map `ebpf:"sockets"`
 	Usages      *ebpf.Map `ebpf:"usages"`
 }
@@ -343,16 +396,22 @@ func (m *weftMaps) Close() error {
 		m.Config,
 		m.Counters,
 		m.Handovers,
+		m.Joined,
+		m.Legs,
 		m.Listeners,
 		m.LostLegs,
 		m.Own,
+		m.Peers,
 		m.Pods,
 		m.Probes,
 		m.Proxies,
+		m.Received,
 		m.Records,
+		m.Seen,
 		m.ServerFirst,
 		m.ServiceIds,
 		m.Services,
+		m.Shortcuts,
 		m.Sockets,
 		m.Usages,
 	)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -68,7 +69,11 @@ func (r *Redirect) inUse(cookie uint64) (bool, error) {
 	if err := ignoreMissing(r.maps[weftMapUsages].Lookup(cookie, &usage)); err != nil {
 		return false, fmt.Errorf("read connections: %w", err)
 	}
-	if usage.Outgoing+usage.Incoming == 0 && time.Since(r.capturedUntil[cookie]) > quietTime {
+	var legs uint64
+	if err := ignoreMissing(r.maps[weftMapLegs].Lookup(cookie, &legs)); err != nil {
+		return false, fmt.Errorf("read local legs: %w", err)
+	}
+	if usage.Outgoing+usage.Incoming+legs == 0 && time.Since(r.capturedUntil[cookie]) > quietTime {
 		return false, nil
 	}
 	var record weftPodRecord
@@ -96,6 +101,9 @@ func (r *Redirect) remove(uid string, cookie uint64) error {
 	return nil
 }
 
+// later are maps by netns cookie that the pins of an earlier version may not have.
+var later = []string{weftMapLostLegs, weftMapLegs}
+
 // takeOut leaves connections in use, if told so, what they need inside the pod.
 func takeOut(maps map[string]*ebpf.Map, pins pins, cookie uint64, spare bool) error {
 	var record weftPodRecord
@@ -109,7 +117,7 @@ func takeOut(maps map[string]*ebpf.Map, pins pins, cookie uint64, spare bool) er
 	if err := ignoreMissing(maps[weftMapUsages].Lookup(cookie, &usage)); err != nil {
 		return fmt.Errorf("read connections: %w", err)
 	}
-	spare = spare && usage.Outgoing > 0
+	spare = spare && usage.Outgoing+usage.Incoming > 0
 	errs := []error{
 		ignoreMissing(maps[weftMapPods].Delete(cookie)), // from here on every hook passes
 		removePin(pins.pod(cookie)),
@@ -119,8 +127,10 @@ func takeOut(maps map[string]*ebpf.Map, pins pins, cookie uint64, spare bool) er
 		deleteWhere(maps[weftMapHandovers], func(k weftTuple, _ weftHandover) bool { return k.Netns == cookie }),
 		ignoreMissing(maps[weftMapUsages].Delete(cookie)),
 	}
-	if legs := maps[weftMapLostLegs]; legs != nil {
-		errs = append(errs, ignoreMissing(legs.Delete(cookie)))
+	for _, name := range later {
+		if m := maps[name]; m != nil {
+			errs = append(errs, ignoreMissing(m.Delete(cookie)))
+		}
 	}
 	ns, err := openNetns(textOf(record.Netns[:]))
 	switch {
@@ -232,10 +242,10 @@ func releasePods(p pins) error {
 			m.Close()
 		}
 	}()
-	for _, name := range []string{weftMapRecords, weftMapPods, weftMapOwn, weftMapProbes, weftMapServerFirst, weftMapHandovers, weftMapUsages, weftMapLostLegs} {
+	for _, name := range append([]string{weftMapRecords, weftMapPods, weftMapOwn, weftMapProbes, weftMapServerFirst, weftMapHandovers, weftMapUsages}, later...) {
 		m, err := ebpf.LoadPinnedMap(p.mapFile(name), nil)
-		if errors.Is(err, fs.ErrNotExist) && name == weftMapLostLegs {
-			continue // an instance of before there was this map
+		if errors.Is(err, fs.ErrNotExist) && slices.Contains(later, name) {
+			continue
 		} else if errors.Is(err, fs.ErrNotExist) {
 			return nil // Load did not get far enough to admit a pod
 		} else if err != nil {

@@ -5,6 +5,7 @@ package names
 import (
 	"fmt"
 	"net/netip"
+	"strconv"
 	"strings"
 )
 
@@ -20,10 +21,17 @@ const (
 	// MeshDisabled is LabelMesh's value for "leave alone".
 	MeshDisabled = "disabled"
 
+	// LabelSockmap on a Namespace or Pod says whether pods of the mesh have the short circuit, by the same values. The pod's wins.
+	LabelSockmap = Group + "/sockmap"
+
 	// ConditionEnrolled on a pod is True while the node's agent reads the pod's capture back from the kernel.
 	ConditionEnrolled = Group + "/Enrolled"
 	// ConditionEnforced on a pod is True once its configured mTLS mode and identity rules apply.
 	ConditionEnforced = Group + "/Enforced"
+	// ConditionShortcut on a pod that asks for the short circuit is True while the kernel has it.
+	ConditionShortcut = Group + "/Shortcut"
+	// ReasonOff is ConditionShortcut's while the pod does not ask for it any more.
+	ReasonOff = "Off"
 	// ReasonDrift is an agent's reason in a report: the kernel held something else than it should a moment ago.
 	ReasonDrift = "Drift"
 
@@ -58,6 +66,13 @@ const (
 // GenerationRow is the distance between the ports of two generations of Envoy that listen in one netns.
 const GenerationRow = 10
 
+// Generations of Envoy that a node may have at a time, numbered from 0: the one that serves, and during an upgrade the one
+// that replaces it.
+const Generations = 2
+
+// MetadataGeneration is the key of an Envoy's generation, a number, in the metadata of its xDS node.
+const MetadataGeneration = "generation"
+
 // ListenPort is where a generation of Envoy listens for a role, given by PortOutHTTP (every outbound class), PortIn or
 // PortInFirst: even generations on that port, odd ones GenerationRow above. The class ports an outbound connection
 // is steered to do not move.
@@ -70,6 +85,12 @@ func ListenPort(role uint16, generation uint32) uint16 {
 var (
 	SteerIPv4 = netip.MustParsePrefix("127.64.0.0/10")
 	SteerIPv6 = netip.MustParsePrefix("fd77:5eed::/64")
+)
+
+// The parts of the steering ranges from which Envoy's connections to apps come, one address per client.
+var (
+	LegIPv4 = netip.MustParsePrefix("127.112.0.0/12")
+	LegIPv6 = netip.MustParsePrefix("fd77:5eed::1:0:0/96")
 )
 
 // SocketOptionLevel is the private setsockopt level by which Envoy tags its own sockets; the hook on Envoy's cgroup
@@ -141,8 +162,12 @@ const (
 	StateTCPCluster = "envoy.tcp_proxy.cluster"
 	// StateClass holds the class port of an outbound connection.
 	StateClass = "weft.class"
-	// StateHashable is the factory of string state that separates connection pools.
+	// StateHashable is the factory of string state that separates connection pools, once it is shared with upstream. One such
+	// state at most may be on a connection: Envoy hashes them in the order of a hash table, another for each connection, and
+	// two would make two pools of what is one.
 	StateHashable = "envoy.hashable_string"
+	// StateString is the factory of string state that separates nothing.
+	StateString = "envoy.string"
 )
 
 // SDS secrets that are not SVIDs.
@@ -239,6 +264,16 @@ func Listener(direction, podUID, sandbox string, generation uint32) string {
 		sandbox = sandbox[:12]
 	}
 	return fmt.Sprintf("%s/%s/%s/%d", direction, podUID, sandbox, generation)
+}
+
+// ListenerGeneration is the generation in a name that Listener made; false: it did not make it.
+func ListenerGeneration(name string) (uint32, bool) {
+	parts := strings.Split(name, "/")
+	if len(parts) != 4 {
+		return 0, false
+	}
+	n, err := strconv.ParseUint(parts[3], 10, 32)
+	return uint32(n), err == nil
 }
 
 // PodName splits "namespace/name".

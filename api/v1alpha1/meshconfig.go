@@ -55,7 +55,22 @@ type MeshConfigSpec struct {
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=20000
 	ConnectionsPerPod int32 `json:"connectionsPerPod,omitempty"`
+	// What an app sees as its client's address. Preserve: the client's, as without weft. Own: its own pod's, for every
+	// client. A change counts for new connections. Default: Preserve.
+	// +optional
+	// +kubebuilder:default=Preserve
+	// +kubebuilder:validation:Enum=Preserve;Own
+	ClientAddress ClientAddress `json:"clientAddress,omitempty"`
 }
+
+// ClientAddress is Preserve or Own.
+type ClientAddress string
+
+// What an app sees as its client's address.
+const (
+	ClientAddressPreserve ClientAddress = "Preserve"
+	ClientAddressOwn      ClientAddress = "Own"
+)
 
 // MTLS says which callers a port takes.
 type MTLS struct {

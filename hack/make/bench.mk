@@ -1,8 +1,19 @@
 # Measurements. Nothing here asserts a time: the machines are shared, figures go to docs/benchmarks.
 
-.PHONY: bench soak
-bench: demo-prepare ## Measure enrolment, propagation and memory on the embedded Kubernetes; JSON in .out/bench.json
-	go run ./test/bench -root . -out $(OUT)/bench.json
+BENCH ?= -docs docs/benchmarks
 
-soak: demo-prepare ## The long forms of the e2e tests: 600 cycles, 300 policy changes, 10,000 updates, 50 rolling restarts, 200 pods that come and go, a change of root (hours)
-	$(MAKE) --no-print-directory test-e2e E2E="-run 'TestCycles|TestPolicyChanges|TestHammer|TestRollingRestarts|TestPodsComeAndGo|TestAgentKilled|TestEnvoyKilledUnderLoad|TestControllersAwayForLong|TestRootRotation' -rotate -rollouts 10 -pods 200 -kills 100 -crashes 100 -away 10m -cycles 600 -changes 300 -updates 10000 -timeout 300m"
+.PHONY: bench bench-datapath bench-kubernetes soak
+bench: bench-datapath bench-kubernetes ## Measure everything: the data path first, while no cluster runs (about 25 and 20 minutes)
+
+bench-datapath: envoy fortio ## Measure traffic with weft, two sidecars and no mesh, and the mesh's size, into docs/benchmarks (root; BENCH=-quick: two minutes, writes nothing)
+	@hack/deps.sh bench
+	go build -trimpath -o bin/bench-datapath ./test/bench/datapath
+	bin/bench-datapath -root . -fortio $(FORTIO) -out $(OUT)/datapath.json $(BENCH)
+
+bench-kubernetes: demo-prepare ## Measure enrolment, propagation and memory on the embedded Kubernetes; JSON in .out/bench.json
+	go run ./test/bench -root . -out $(OUT)/bench.json
+	go run ./test/bench/shortcut -root . -out $(OUT)/bench-shortcut.json
+
+soak: demo-prepare images-other ## The long forms of the e2e tests, all (hours) or some (SOAK="chaos upgrades"), into docs/benchmarks/soak.md
+	@$(CLUSTER) load $(IMAGES)/other/*.tar >/dev/null
+	go run ./test/bench/soak -root . -logs $(OUT)/soak -parts "$(SOAK)"

@@ -24,7 +24,7 @@ test: ## Everything: installs what it needs, builds, runs all tiers (minutes: se
 .PHONY: test-e2e test-demo test-demo-small
 test-e2e: demo-prepare ## weft on the embedded Kubernetes (E2E="-run TestCycles -cycles 600" narrows and widens it)
 	@mkdir -p $(OUT)
-	CGO_ENABLED=1 $(TIER) $(OUT)/e2e.log -name e2e go test -race -json -tags e2e -count=1 -parallel 8 -timeout 45m ./test/e2e $(E2E)
+	CGO_ENABLED=1 $(TIER) $(OUT)/e2e.log -name e2e go test -race -json -tags e2e -count=1 -parallel 32 -timeout 60m ./test/e2e $(E2E)
 
 test-demo: ## The demo as a test, on a cluster of its own; the cluster is down afterwards
 	@mkdir -p $(OUT)

@@ -8,14 +8,17 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -33,6 +36,8 @@ type result struct {
 	output  map[string][]string
 	skips   map[string]string
 	elapsed time.Duration
+	// took is how long each top-level test ran.
+	took map[string]time.Duration
 	// ended, if set, corrects the counts of a command that failed.
 	ended func(*result)
 }
@@ -101,6 +106,9 @@ func run(name, summary, log string, read reader, command []string) (bool, error)
 	if ok && r.passed == 0 {
 		ok, err = false, errors.New("no test ran: the pattern or the build tag is wrong")
 	}
+	if slow := r.slowest(); slow != "" {
+		fmt.Println("slowest: " + slow)
+	}
 	line := fmt.Sprintf("%-12s %5d passed %3d failed %3d skipped  %6.0f s", name, r.passed, r.failed, r.skipped, r.elapsed.Seconds())
 	if !ok {
 		line += "  FAILED"
@@ -120,7 +128,7 @@ func run(name, summary, log string, read reader, command []string) (bool, error)
 // read counts top-level and sub tests and shows the output of those that fail; lines that are no test event (a build
 // error) are shown as they are.
 func read(in io.Reader, sink, show io.Writer) *result {
-	r := &result{output: map[string][]string{}, skips: map[string]string{}}
+	r := &result{output: map[string][]string{}, skips: map[string]string{}, took: map[string]time.Duration{}}
 	lines := bufio.NewScanner(in)
 	lines.Buffer(make([]byte, 1<<20), 64<<20)
 	for lines.Scan() {
@@ -151,6 +159,9 @@ func (r *result) take(e event, sink, show io.Writer) {
 }
 
 func (r *result) end(e event, key string, show io.Writer) {
+	if e.Test != "" && !strings.Contains(e.Test, "/") {
+		r.took[e.Test] = time.Duration(e.Elapsed * float64(time.Second)).Round(time.Second)
+	}
 	switch {
 	case e.Action == "fail":
 		for _, l := range r.output[key] {
@@ -212,6 +223,18 @@ func reason(lines []string) string {
 		}
 	}
 	return "no reason given"
+}
+
+// slowest names the tests that ran longest, those that took next to no time left out.
+func (r *result) slowest() string {
+	const most, shortest = 12, 5 * time.Second
+	var l []string
+	for _, name := range slices.SortedFunc(maps.Keys(r.took), func(a, b string) int { return cmp.Or(-cmp.Compare(r.took[a], r.took[b]), strings.Compare(a, b)) }) {
+		if r.took[name] >= shortest && len(l) < most {
+			l = append(l, fmt.Sprintf("%s %.0f s", name, r.took[name].Seconds()))
+		}
+	}
+	return strings.Join(l, ", ")
 }
 
 func (r *result) skipLines() []string {

@@ -38,7 +38,7 @@ INLINE int connect_from_node(struct bpf_sock_addr *ctx, const __u32 *addr, __u16
 // A connect of Envoy inside an enrolled pod. Its tag says which leg it is; only a local leg reaches the pod itself
 // without passing Envoy's inbound listener, and an untagged one would come back to Envoy for ever.
 INLINE int connect_from_proxy(struct bpf_sock_addr *ctx, const __u32 *addr, __u16 port, __u64 netns,
-			      struct socket_state *state)
+			      struct pod *pod, struct socket_state *state, bool named)
 {
 	struct pod_address key = { .netns = netns };
 	COPY(key.addr, addr);
@@ -51,9 +51,22 @@ INLINE int connect_from_proxy(struct bpf_sock_addr *ctx, const __u32 *addr, __u1
 	if (tag == TAG_LOCAL_LEG) {
 		if (!mine)
 			goto refuse;
+		// A client's idle legs outlive its connection, and another address makes others: half of them at most are idle.
+		__u64 *open = bpf_map_lookup_elem(&legs, &netns);
+		if (open && *open >= 2 * (__u64)pod->limit) {
+			count(COUNT_LEG_REFUSED_LIMIT);
+			bpf_set_retval(-EAGAIN);
+			return REFUSE;
+		}
 		state = reserve(ctx, netns);
 		if (!state)
 			return REFUSE;
+		if (!named) {
+			state->addr[0] = 0;
+			state->addr[1] = 0;
+			state->addr[2] = 0;
+			state->addr[3] = 0;
+		}
 		state->kind = KIND_LOCAL;
 		state->netns = netns;
 		return PASS;
@@ -82,8 +95,18 @@ INLINE bool find_destination(const __u32 *addr, __u16 port, struct service *foun
 	if (!id)
 		return false;
 	found->id = *id;
-	found->port = PORT_OUT_TCP;
+	found->port = PORT_OUT_POD;
 	return true;
+}
+
+// True where Envoy listens for what the pod's apps dial.
+INLINE bool is_served(__u64 netns, __u32 generation)
+{
+	struct listener key = { .netns = netns, .generation = generation, .role = ROLE_OUT };
+	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &key);
+	if (sk)
+		bpf_sk_release(sk);
+	return sk != NULL;
 }
 
 // A connect of an app in an enrolled pod. Rewrites addr and port and sets *steered if Envoy is to have it.
@@ -98,6 +121,10 @@ INLINE int connect_from_app(struct bpf_sock_addr *ctx, __u32 *addr, __u16 *port,
 			return REFUSE;
 		}
 	}
+	if (is_leg(addr)) {
+		count(COUNT_REFUSED_LEG_ADDRESS);
+		return REFUSE;
+	}
 	if (is_loopback(addr) || !(pod->flags & POD_OUTBOUND))
 		return PASS;
 	bool ipv4 = is_ipv4(addr);
@@ -106,6 +133,10 @@ INLINE int connect_from_app(struct bpf_sock_addr *ctx, __u32 *addr, __u16 *port,
 	struct service to;
 	if (!find_destination(addr, *port, &to))
 		return PASS; // no mesh feature needs it
+	if (!(pod->flags & POD_STRICT) && abandoned() && !is_served(netns, pod->generation)) {
+		count(COUNT_OUT_PLAIN);
+		return PASS;
+	}
 
 	struct usage *usage = bpf_map_lookup_elem(&usages, &netns);
 	if (usage && usage->outgoing >= pod->limit) {
@@ -158,6 +189,7 @@ INLINE int connect(struct bpf_sock_addr *ctx, __u32 *addr, __u16 *port, bool *st
 		return PASS;
 	// connect(AF_UNSPEC) and a failed connect run no hook: what the socket was before ends here.
 	struct socket_state *state = bpf_sk_storage_get(&sockets, ctx->sk, 0, 0);
+	bool named = state && state->kind == KIND_LEG;
 	if (state)
 		state->kind = KIND_NONE;
 	if (pod && (pod->flags & POD_GATED) && !proxy) {
@@ -169,7 +201,7 @@ INLINE int connect(struct bpf_sock_addr *ctx, __u32 *addr, __u16 *port, bool *st
 	if (!pod)
 		return connect_from_node(ctx, addr, *port, set);
 	if (proxy)
-		return connect_from_proxy(ctx, addr, *port, netns, state);
+		return connect_from_proxy(ctx, addr, *port, netns, pod, state, named);
 	return connect_from_app(ctx, addr, port, netns, pod, steered);
 }
 

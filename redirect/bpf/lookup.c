@@ -61,7 +61,7 @@ INLINE int lookup_inbound(struct bpf_sk_lookup *ctx, __u64 netns, struct pod *po
 	int verdict = assign(ctx, netns, pod->generation, ROLE_IN, COUNT_IN_ASSIGNED);
 	if (verdict != ABSENT)
 		return verdict;
-	if (!open)
+	if (!open && ((pod->flags & POD_STRICT) || !abandoned()))
 		return drop(COUNT_DROP_NO_LISTENER); // Strict, or a peer that expects mTLS
 	count(COUNT_IN_PLAIN);
 	return SK_PASS; // Permissive: better plain than down
@@ -111,7 +111,7 @@ int lookup(struct bpf_sk_lookup *ctx)
 	}
 	if (value && value->kind == KIND_PROBE)
 		return SK_PASS;
-	if (is_steering6(key.destination))
+	if (is_steering6(key.destination) || is_leg(key.source))
 		return drop(COUNT_DROP_NO_HANDOVER);
 	if (is_proxy_port(key.destination_port))
 		return drop(COUNT_DROP_PROXY_PORT); // nobody but a hook leads there

@@ -4,10 +4,23 @@
 #define SO_ORIGINAL_DST 80 // the same number as IP6T_SO_ORIGINAL_DST
 #define SOL_IP 0
 #define SOL_IPV6 41
+#define IP_TRANSPARENT 19
+#define IPV6_TRANSPARENT 75
+#define IPV6_FREEBIND 78
 
 SEC("cgroup/setsockopt")
 int proxy_setsockopt(struct bpf_sockopt *ctx)
 {
+	// Before it binds to a client's address Envoy asks for what needs CAP_NET_ADMIN. What the bind hook makes of that
+	// address needs less: nothing where it is the loopback's, and no right where it is of no interface.
+	if (ctx->level == SOL_IP && ctx->optname == IP_TRANSPARENT) {
+		ctx->optlen = -1;
+		return PASS;
+	}
+	if (ctx->level == SOL_IPV6 && ctx->optname == IPV6_TRANSPARENT) {
+		ctx->optname = IPV6_FREEBIND;
+		return PASS;
+	}
 	if (ctx->level != OPTION_LEVEL || ctx->optname != OPTION_NAME)
 		return PASS;
 	struct bpf_sock *sk = ctx->sk;

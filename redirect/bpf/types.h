@@ -6,7 +6,7 @@
 enum port {
 	PORT_FIRST = 15000,
 	PORT_LAST = 15019,
-	PORT_OUT_TCP = 15002,
+	PORT_OUT_POD = 15004,
 	GENERATION_ROW = 10,
 };
 
@@ -31,6 +31,7 @@ enum pod_flag {
 	POD_IPV4 = 16,     // the pod has an IPv4 address and a steering route
 	POD_IPV6 = 32,
 	POD_LEAVING = 64,  // withdrawn; only its open connections still need the entry
+	POD_SHORTCUT = 128, // payload between its apps and Envoy may take the short circuit
 };
 
 // What a socket or a hand-over is.
@@ -41,6 +42,8 @@ enum kind {
 	KIND_PROBE,        // kubelet's probe
 	KIND_OUT_ACCEPTED, // Envoy's end of KIND_OUT
 	KIND_IN_ACCEPTED,  // Envoy's end of an inbound connection
+	KIND_LEG,          // a socket of Envoy's that is to be KIND_LOCAL, with the client's address
+	KIND_LOCAL_ACCEPTED, // the app's end of KIND_LOCAL
 };
 
 // Order is counterNames in counters.go.
@@ -69,7 +72,27 @@ enum counter {
 	COUNT_LISTENER_FAILED,
 	COUNT_ORIGINAL_DST_MISSING,
 	COUNT_CLOSED_BEFORE_ACCEPT,
+	COUNT_OUT_PLAIN,
+	COUNT_LEG_REFUSED_LIMIT,
+	COUNT_REFUSED_LEG_ADDRESS,
+	COUNT_CLIENT_UNKNOWN,
 	COUNTERS,
+};
+
+// Of the short circuit. Order is shortcutNames in counters.go.
+enum shortcut_counter {
+	SHORTCUT_JOINED,
+	SHORTCUT_FULL,
+	SHORTCUT_REFUSED,
+	SHORTCUT_TRIMMED_BYTES,
+	SHORTCUT_TRIM_FAILED,
+	SHORTCUT_REDIRECTED_BYTES,
+	SHORTCUT_PASSED_OFF_BYTES,
+	SHORTCUT_PASSED_ALONE_BYTES,
+	SHORTCUT_PASSED_CLOSED_BYTES,
+	SHORTCUT_PASSED_UNREAD_BYTES,
+	SHORTCUT_PASSED_BOUND_BYTES,
+	SHORTCUT_COUNTERS,
 };
 
 struct address {
@@ -142,7 +165,7 @@ struct tuple {
 struct handover {
 	__u64 socket; // the client's cookie
 	__u64 time;   // ns since boot
-	__u32 addr[4];
+	__u32 addr[4]; // as in struct socket_state
 	__u16 port;
 	__u16 kind; // enum kind
 	__u32 pad;
@@ -150,7 +173,7 @@ struct handover {
 
 struct socket_state {
 	__u64 netns;   // where the connection arrives
-	__u32 addr[4]; // where the app meant to connect
+	__u32 addr[4]; // where the app meant to connect; of a local leg, the client that the app is to see, zero: none
 	__u16 port;
 	__u8 kind;     // enum kind
 	__u8 counted;  // in struct usage
@@ -168,5 +191,19 @@ struct instance {
 	__u64 kubelet_cgroup;
 	__u8 boot_id[64];
 	__u32 limit; // connections per pod, for new pods
-	__u32 pad;
+	__u16 own_address; // 1: apps see their own pod's address as their client's
+	__u16 bound; // KiB that may wait in one socket by the short circuit
+};
+
+// What verdict.c has passed of a connection's TCP bytes.
+struct passed {
+	__u32 next; // the sequence number of the next byte
+	__u32 known;
+};
+
+// A socket that has joined the short circuit, as msg.c finds it from the other end: by its address in the kernel, which
+// counts only while the cookie there is this one.
+struct peer {
+	__u64 socket;
+	__u64 cookie;
 };

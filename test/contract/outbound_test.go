@@ -9,11 +9,14 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	endpoint "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	route "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	cluster "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 
@@ -144,5 +147,51 @@ func TestDestinationPicksTheRoute(t *testing.T) {
 	}
 	if asked := b.Asked(ads.Routes); !slices.Equal(asked, []string{"route 10.77.0.1:15001"}) {
 		t.Errorf("Envoy asked for routes %q", asked)
+	}
+}
+
+// TestFirstUseWithoutAgent: who uses a Service for the first time while nobody gives Envoy its routes is told so.
+func TestFirstUseWithoutAgent(t *testing.T) {
+	b := start(t)
+	space, path := b.netns(t)
+	if out, err := exec.Command("ip", "-n", space, "addr", "add", "10.77.0.1/32", "dev", "lo").CombinedOutput(); err != nil {
+		t.Fatalf("ip: %v: %s", err, out)
+	}
+	const key = "10.77.0.1:15001"
+	b.Set(ads.Scopes, key, &route.ScopedRouteConfiguration{Name: key, OnDemand: true, RouteConfigurationName: "route " + key,
+		Key: &route.ScopedRouteConfiguration_Key{Fragments: []*route.ScopedRouteConfiguration_Key_Fragment{{
+			Type: &route.ScopedRouteConfiguration_Key_Fragment_StringKey{StringKey: key}}}}})
+	l := move(load(t, "nodeproxy/internal/lds")["captured"].Listeners[0], "out", path)
+	for _, chain := range l.FilterChains {
+		if chain.Name != "http" {
+			continue
+		}
+		var manager hcm.HttpConnectionManager
+		if err := chain.Filters[0].GetTypedConfig().UnmarshalTo(&manager); err != nil {
+			t.Fatal(err)
+		}
+		manager.StreamIdleTimeout = durationpb.New(500 * time.Millisecond) // of 15 s
+		if err := chain.Filters[0].GetTypedConfig().MarshalFrom(&manager); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b.Set(ads.Listeners, "out", l)
+	b.acked(t, ads.Listeners, "out")
+	b.acked(t, ads.Scopes, key)
+	b.listening(t, path, names.PortOutHTTP)
+	b.Stop()
+	conn, err := dialIn(path, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_, _ = io.WriteString(conn, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := io.ReadAll(response.Body)
+	if err != nil || response.StatusCode != 503 || !strings.HasPrefix(string(text), "weft: ") {
+		t.Errorf("%d %q, %v, want 503 and weft's reason", response.StatusCode, text, err)
 	}
 }

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/weftmesh/weft/test/datapath/lab"
@@ -28,6 +30,7 @@ const (
 	halfPort   = 7000
 	echoPort   = 6379
 	bannerPort = 3306
+	whoPort    = 7100
 )
 
 // served counts the connections that a pod's apps have accepted, by port.
@@ -54,8 +57,8 @@ func (s served) total() (n int64) {
 }
 
 // serve runs all apps in a pod: HTTP/1, HTTP/2 with prior knowledge, gRPC, TLS, an echo, a
-// server that closes its half first, and one that speaks first.
-func serve(t *testing.T, pod *lab.Pod) served {
+// server that closes its half first, one that tells the client's address, and one that speaks first.
+func serve(t testing.TB, pod *lab.Pod) served {
 	t.Helper()
 	counts := served{}
 	listen := func(port uint16) net.Listener {
@@ -98,6 +101,7 @@ func serve(t *testing.T, pod *lab.Pod) served {
 		}
 		n, _ := io.Copy(io.Discard, r.Body)
 		w.Header().Set("X-Pod", pod.Name)
+		w.Header().Set("X-Client", r.RemoteAddr)
 		for name, values := range r.Trailer {
 			w.Header()["Saw-"+name] = values
 		}
@@ -115,6 +119,9 @@ func serve(t *testing.T, pod *lab.Pod) served {
 	}
 	calls := grpc.NewServer(grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
 		method, _ := grpc.MethodFromServerStream(stream)
+		if from, ok := peer.FromContext(stream.Context()); ok {
+			_ = stream.SetHeader(metadata.Pairs("client", from.Addr.String()))
+		}
 		var asked wrapperspb.StringValue
 		if err := stream.RecvMsg(&asked); err != nil {
 			return err
@@ -126,8 +133,13 @@ func serve(t *testing.T, pod *lab.Pod) served {
 	each(tls.NewListener(listen(tlsPort), serverTLS(t)), func(conn net.Conn) { _, _ = io.Copy(conn, conn) })
 	each(listen(halfPort), sayAndListen)
 	each(listen(echoPort), func(conn net.Conn) { _, _ = io.Copy(conn, conn) })
+	each(listen(whoPort), func(conn net.Conn) {
+		for lines := bufio.NewScanner(conn); lines.Scan(); {
+			fmt.Fprintln(conn, conn.RemoteAddr())
+		}
+	})
 	each(listen(bannerPort), func(conn net.Conn) {
-		fmt.Fprintf(conn, "banner of %s\n", pod.Name)
+		fmt.Fprintf(conn, "banner of %s\n%s\n", pod.Name, conn.RemoteAddr())
 		_, _ = io.Copy(io.Discard, conn)
 	})
 	return counts

@@ -51,6 +51,7 @@ func TestDataPath(t *testing.T) {
 		})
 	})
 
+	t.Run("calls share connections", m.pooled)
 	t.Run("routes", m.routed)
 	t.Run("gRPC routes", m.called)
 

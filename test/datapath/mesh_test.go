@@ -23,6 +23,7 @@ var ports = []lab.PortSpec{
 	{Port: 443, Target: tlsPort, Class: meshv1.Class_CLASS_TCP, Protocol: meshv1.Protocol_PROTOCOL_TCP},
 	{Port: 444, Target: tlsPort, Class: meshv1.Class_CLASS_AUTO, Protocol: meshv1.Protocol_PROTOCOL_HTTP1},
 	{Port: halfPort, Target: halfPort, Class: meshv1.Class_CLASS_TCP, Protocol: meshv1.Protocol_PROTOCOL_TCP},
+	{Port: whoPort, Target: whoPort, Class: meshv1.Class_CLASS_TCP, Protocol: meshv1.Protocol_PROTOCOL_TCP},
 	{Port: echoPort, Target: echoPort, Class: meshv1.Class_CLASS_TCP, Protocol: meshv1.Protocol_PROTOCOL_TCP},
 	{Port: bannerPort, Target: bannerPort, Class: meshv1.Class_CLASS_TCP, Protocol: meshv1.Protocol_PROTOCOL_TCP_SERVER_FIRST},
 }
@@ -55,7 +56,7 @@ func noAdmin(port uint32) *meshv1.PortPolicy {
 func allowAll(port uint32) *meshv1.PortPolicy {
 	p := only(port, true, "")
 	p.Allow[0].Peers = []*meshv1.Peer{{Match: &meshv1.Peer_SpiffePrefix{SpiffePrefix: "spiffe://cluster.local/"}}}
-	if port == h2Port {
+	if port == h2Port || port == grpcPort {
 		p.Protocol = meshv1.Protocol_PROTOCOL_HTTP2
 	}
 	return p
@@ -68,14 +69,14 @@ func asBytes(port uint32) *meshv1.PortPolicy {
 
 type mesh struct {
 	*lab.Lab
-	t *testing.T
+	t testing.TB
 	// apps of the servers, by pod.
 	apps map[string]served
 }
 
 // enrolled is a mesh of a client, two servers (near: on the client's node, far: on the other), another client and a
 // stranger outside the mesh; everything Strict.
-func enrolled(t *testing.T) *mesh {
+func enrolled(t testing.TB) *mesh {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()

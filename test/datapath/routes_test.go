@@ -25,7 +25,7 @@ import (
 type object = map[string]any
 
 // withRoutes adds the services that have routes, and testdata/routes.yaml.
-func withRoutes(t *testing.T, spec lab.Spec) lab.Spec {
+func withRoutes(t testing.TB, spec lab.Spec) lab.Spec {
 	t.Helper()
 	http1 := lab.PortSpec{Port: 80, Target: httpPort, Class: meshv1.Class_CLASS_HTTP, Protocol: meshv1.Protocol_PROTOCOL_HTTP1}
 	other := http1

@@ -157,7 +157,7 @@ func serverHalfClose(pod *lab.Pod, address string) error {
 }
 
 // serverTLS is the TLS of an app that knows nothing of the mesh.
-func serverTLS(t *testing.T) *tls.Config {
+func serverTLS(t testing.TB) *tls.Config {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

@@ -42,6 +42,7 @@ var steps = []step{
 	{"who talks to whom now, by the peers' certificates", (*demo).identities},
 	{"an HTTPRoute sends a tenth of the requests to version 2", (*demo).split},
 	{"an AccessPolicy turns one caller away, on both nodes", (*demo).deny},
+	{"another label: payload between apps and Envoy goes past TCP, and back", (*demo).shortcut},
 	{"Strict: a plaintext caller is refused while kubelet's probes pass", (*demo).strict},
 	{"leave the mesh without a lost request", (*demo).withdraw},
 }

@@ -77,6 +77,9 @@ func (d *demo) install(ctx context.Context) error {
 	if err := d.cluster.UntilReady(ctx, 3*time.Minute, system, "", d.progress("weft")); err != nil {
 		return err
 	}
+	if err := d.cluster.Apply(ctx, kube.OwnClientAddress); err != nil {
+		return err
+	}
 	d.say("weft-controlplane and one weft-nodeproxy on each node are ready")
 	var err error
 	d.log, err = d.cluster.FollowAccessLogs(ctx, system)

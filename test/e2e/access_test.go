@@ -252,6 +252,7 @@ func (c accessCase) run(t *testing.T, all []route, logged *followed) {
 
 // TestForeignSlice: §5.9, a slice in another namespace makes no way to the pod, for whomever.
 func TestForeignSlice(t *testing.T) {
+	alone(t, "mesh")
 	apply(t, sliceIn("outside", pod(t, "mesh", "server", "n1").IPs[0]))
 	until(t, time.Minute, "the Service's condition", func() (bool, string) {
 		out, err := k8s.Kubectl(t.Context(), "get", "service", "-n", "outside", "server-slice", "-o", `jsonpath={.status.conditions[?(@.type=="weft.dev/Captured")]}`)

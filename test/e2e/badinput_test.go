@@ -19,6 +19,7 @@ const routeOf = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmeta
 
 // TestBadInput: each line of docs/ERRORS.md that only an API server and real traffic can show.
 func TestBadInput(t *testing.T) {
+	alone(t, "mesh")
 	long := strings.Repeat("x", 300)
 	for _, c := range []struct {
 		name, manifest string
@@ -99,6 +100,7 @@ func condition(t *testing.T, namespace, kind, name, pattern string) {
 
 // TestLastGoodForm: an update that cannot be compiled leaves the policy in force as it was.
 func TestLastGoodForm(t *testing.T) {
+	alone(t, "mesh")
 	const policy = `action: Deny, rules: [{to: [{ports: [8080], paths: [{type: RegularExpression, value: %q}]}]}]`
 	apply(t, manifest([]string{fmt.Sprintf(policy, "/status/.*")}))
 	programmed(t, "accesspolicy", "case-0")
@@ -121,6 +123,7 @@ func TestLastGoodForm(t *testing.T) {
 
 // TestRouteConflict: of two routes about the same requests the older decides; both are accepted.
 func TestRouteConflict(t *testing.T) {
+	alone(t, "mesh")
 	const route = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: %s, namespace: mesh}\nspec:\n  parentRefs: [{group: \"\", kind: Service, name: server, port: 80}]\n  rules:\n    - matches: [{path: {type: Exact, value: /conflict}}]\n      filters: [{type: RequestRedirect, requestRedirect: {path: {type: ReplaceFullPath, replaceFullPath: /%[1]s}, statusCode: 302}}]\n"
 	// The name of the older comes later in the alphabet.
 	apply(t, fmt.Sprintf(route, "older"))
@@ -148,7 +151,7 @@ func TestRouteConflict(t *testing.T) {
 // TestAddressHijack: §5.9, another namespace's externalIP that is the server's ClusterIP stays the server's.
 func TestAddressHijack(t *testing.T) {
 	address := clusterIPs(t, "server")[0]
-	meshConfig(t, "serviceAddressRanges: ["+address+"/32]")
+	meshConfig(t, "clientAddress: Own, serviceAddressRanges: ["+address+"/32]")
 	apply(t, "apiVersion: v1\nkind: Service\nmetadata: {name: thief, namespace: outside}\nspec: {externalIPs: ["+address+"], selector: {app: stranger}, ports: [{name: http, port: 80, targetPort: 8080}]}\n")
 	condition(t, "outside", "service", "thief", `weft.dev/Captured=False AddressConflict: .*mesh/server`)
 	for _, at := range placements {
@@ -195,7 +198,7 @@ func TestExamples(t *testing.T) {
 // as before.
 func TestConnectionLimit(t *testing.T) {
 	const limit = 20
-	meshConfig(t, fmt.Sprintf("connectionsPerPod: %d", limit))
+	meshConfig(t, fmt.Sprintf("clientAddress: Own, connectionsPerPod: %d", limit))
 	apply(t, podOn("greedy", "n2", "mesh", "", `args: [serve]`))
 	if err := k8s.UntilCondition(t.Context(), time.Minute, "mesh", "app=greedy", enforced, "True", nil); err != nil {
 		t.Fatal(err)
@@ -235,7 +238,7 @@ func TestConnectionLimit(t *testing.T) {
 	}
 }
 
-// meshConfig sets MeshConfig for one test. Deleting it would keep the last values: the defaults are written first.
+// meshConfig sets MeshConfig for one test, and then what it was before.
 func meshConfig(t *testing.T, spec string) {
 	t.Helper()
 	set := func(ctx context.Context, spec string) error {
@@ -254,10 +257,7 @@ func meshConfig(t *testing.T, spec string) {
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 		defer cancel()
-		if err := set(ctx, "connectionsPerPod: 4000, enrolment: {mode: Labelled, podOptOut: Allowed}, mtls: {mode: Permissive}"); err != nil {
-			t.Error(err)
-		}
-		if _, err := k8s.Kubectl(ctx, "delete", "meshconfig", "default"); err != nil {
+		if err := set(ctx, "clientAddress: Own, connectionsPerPod: 4000, enrolment: {mode: Labelled, podOptOut: Allowed}, mtls: {mode: Permissive}"); err != nil {
 			t.Error(err)
 		}
 	})
@@ -277,7 +277,7 @@ func TestPodOptOut(t *testing.T) {
 	if k := pod(t, "mesh", "leaver", "n2").Conditions[enrolled]; k.Status == "True" {
 		t.Fatalf("a pod that may opt out is enrolled: %+v", k)
 	}
-	meshConfig(t, "enrolment: {podOptOut: Forbidden}")
+	meshConfig(t, "clientAddress: Own, enrolment: {podOptOut: Forbidden}")
 	if err := k8s.UntilCondition(t.Context(), time.Minute, "mesh", "app=leaver", enforced, "True", nil); err != nil {
 		t.Fatal(err)
 	}

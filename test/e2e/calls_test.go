@@ -51,19 +51,26 @@ func (o outcome) unserved() bool { return o.Status == 503 || o.closed() }
 
 // batch makes calls from a caller's pod, side by side.
 func batch(ctx context.Context, p kube.Pod, calls []call) ([]outcome, error) {
+	return outcomes(p, calls, func(in string) (string, error) {
+		return k8s.Pipe(ctx, in, "exec", "-i", "-n", p.Namespace, p.Name, "--", "toolbox", "batch")
+	})
+}
+
+// outcomes gives the toolbox's batch the calls, and reads what became of them.
+func outcomes(p kube.Pod, calls []call, run func(in string) (out string, err error)) ([]outcome, error) {
 	in, err := json.Marshal(calls)
 	if err != nil {
 		return nil, err
 	}
-	out, err := k8s.Pipe(ctx, string(in), "exec", "-i", "-n", p.Namespace, p.Name, "--", "toolbox", "batch")
+	out, err := run(string(in))
 	if err != nil {
 		return nil, err
 	}
-	var outcomes []outcome
-	if err := json.Unmarshal([]byte(out), &outcomes); err != nil || len(outcomes) != len(calls) {
+	var all []outcome
+	if err := json.Unmarshal([]byte(out), &all); err != nil || len(all) != len(calls) {
 		return nil, fmt.Errorf("read outcomes of %s: %w: %s", p.Name, err, out)
 	}
-	return outcomes, nil
+	return all, nil
 }
 
 // ask makes calls from a caller's pod on a node.

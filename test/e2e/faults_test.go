@@ -18,6 +18,7 @@ import (
 
 // TestRefusedPods: a pod that cannot be enrolled says why, stays as it is and is served as before.
 func TestRefusedPods(t *testing.T) {
+	alone(t, "mesh")
 	t.Run("a proxy port in use", func(t *testing.T) {
 		// In the mesh from its start it would not get the port.
 		apply(t, podOn("occupant", "n2", "mesh", "weft.dev/mesh: disabled", `args: [serve, "-greet=:15001"], readinessProbe: {httpGet: {path: /pod, port: 8080}, periodSeconds: 1}`))
@@ -47,6 +48,7 @@ func TestRefusedPods(t *testing.T) {
 
 // TestPodDeletedDuringEnrolment: pods that go while they are enrolled leave nothing, neither in the kernel nor in Envoy.
 func TestPodDeletedDuringEnrolment(t *testing.T) {
+	alone(t, "mesh")
 	pins := func() map[string]bool {
 		files, err := filepath.Glob(fmt.Sprintf("/proc/%d/root/sys/fs/bpf/weft/pods/*", machine(t, "n2").PID))
 		if err != nil {
@@ -120,7 +122,7 @@ spec:
 		})
 	}
 	scale(t, 0)
-	t.Cleanup(func() { scale(t, 1) })
+	t.Cleanup(func() { scale(t, controllers) })
 	for _, at := range placements {
 		for range 5 {
 			if ok, detail := good(at.node); !ok {
@@ -133,7 +135,7 @@ spec:
 			t.Errorf("%s, first use of a Service without a controller: %+v, want 503 and no byte", at.name, o)
 		}
 	}
-	scale(t, 1)
+	scale(t, controllers)
 	for _, at := range placements {
 		until(t, time.Minute, "the Service, "+at.name, func() (bool, string) {
 			o := client.ask(t, at.node, call{URL: "http://unused.mesh/pod"}, call{Address: "unused.mesh:9000", Line: "x"})

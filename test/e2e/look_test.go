@@ -112,7 +112,7 @@ func readLine(raw []byte) (l logLine, ok bool) {
 	return l, json.Unmarshal(raw, &l) == nil && l.Direction != ""
 }
 
-// followed are the lines that both nodes' Envoys have logged since, but those of the shop, which are many.
+// followed are the lines that both nodes' Envoys have logged since, but those of the shops, which are many.
 type followed struct {
 	mu    sync.Mutex
 	lines []nodeLine
@@ -127,7 +127,7 @@ func follow(t *testing.T) *followed {
 	t.Helper()
 	f := &followed{}
 	stop, err := k8s.FollowEnvoys(t.Context(), system, func(node string, raw []byte) {
-		if bytes.Contains(raw, []byte("/ns/shop/")) {
+		if bytes.Contains(raw, []byte("/ns/shop/")) || bytes.Contains(raw, []byte("/ns/"+till+"/")) {
 			return
 		}
 		if l, ok := readLine(raw); ok {

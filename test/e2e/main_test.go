@@ -50,7 +50,7 @@ func run(m *testing.M) (code int, err error) {
 	defer cancel()
 	if !*keep {
 		// What an earlier run left would hide what this one leaves.
-		if _, err := k8s.Kubectl(ctx, "delete", "namespace", "mesh", "outside", "shop", "--ignore-not-found"); err != nil {
+		if _, err := k8s.Kubectl(ctx, "delete", "namespace", "mesh", "outside", "shop", till, hostileMesh, hostileOutside, "--ignore-not-found"); err != nil {
 			return 1, err
 		}
 		if _, err := k8s.Helm(ctx, "uninstall", "weft", "-n", system, "--ignore-not-found", "--wait"); err != nil {
@@ -154,7 +154,10 @@ func install(ctx context.Context, values ...string) error {
 		"--set", "controlplane.image=weft.dev/controlplane:" + *images, "--set", "nodeproxy.image=weft.dev/nodeproxy:" + *images}, values...)...); err != nil {
 		return err
 	}
-	return k8s.UntilReady(ctx, 2*time.Minute, system, "", nil)
+	if err := k8s.UntilReady(ctx, 2*time.Minute, system, "", nil); err != nil {
+		return err
+	}
+	return k8s.Apply(ctx, kube.OwnClientAddress)
 }
 
 // placement is where a caller stands as the callee on node n1 sees it.
@@ -180,9 +183,9 @@ func pod(t *testing.T, namespace, app, node string) kube.Pod {
 
 // namespaces' tests that may run beside another's: they wait more than they work. They come after those that change weft
 // itself.
-var namespaces = map[string]*sync.Mutex{"mesh": {}, "shop": {}}
+var namespaces = map[string]*sync.Mutex{"mesh": {}, "shop": {}, till: {}, hostileMesh: {}}
 
-// alone lets a test run beside those of another namespace.
+// alone lets a test run beside those of another namespace. Those that wait for their turn count for -parallel, too.
 func alone(t *testing.T, namespace string) {
 	t.Parallel()
 	namespaces[namespace].Lock()

@@ -21,7 +21,8 @@ const cutAfter = 10 * time.Second
 // held is one connection to the server that a caller keeps busy.
 type held struct {
 	caller
-	name string
+	name  string
+	letGo func()
 
 	mu    sync.Mutex
 	lines int
@@ -32,7 +33,7 @@ type held struct {
 func hold(t *testing.T, from caller, at placement, address string) *held {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	h := &held{caller: from, name: fmt.Sprintf("%s, %s, %s", from.app, at.name, address)}
+	h := &held{caller: from, name: fmt.Sprintf("%s, %s, %s", from.app, at.name, address), letGo: cancel}
 	cmd := k8s.Command(ctx, "exec", "-n", from.namespace, pod(t, from.namespace, from.app, at.node).Name, "--", "toolbox", "hold", address)
 	out, err := cmd.StdoutPipe()
 	if err != nil {

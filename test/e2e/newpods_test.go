@@ -9,11 +9,9 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -83,6 +81,7 @@ spec:
 
 // TestNewPods: no container of a new pod runs outside the mesh, of whatever kind of workload.
 func TestNewPods(t *testing.T) {
+	alone(t, "mesh")
 	began := time.Now()
 	apply(t, everyKind)
 	t.Cleanup(func() {
@@ -129,17 +128,23 @@ func TestNewPods(t *testing.T) {
 // TestNewPodWithoutController: without a controller there is no SVID for a new pod, so no container of it is made, and kubelet says why.
 func TestNewPodWithoutController(t *testing.T) {
 	scale(t, 0)
-	t.Cleanup(func() { scale(t, 1) })
+	t.Cleanup(func() { scale(t, controllers) })
 	apply(t, podOn("early", "n2", "mesh", "", `args: [get, -n, "1000000", -interval, 1h, "http://server.mesh/pod?early"]`))
-	until(t, time.Minute, "the refusal", func() (bool, string) {
-		out, err := k8s.Kubectl(t.Context(), "get", "pod", "-n", "mesh", "early", "-o", "jsonpath={.status.containerStatuses[0].state}")
-		return err == nil && strings.Contains(out, "CreateContainerError") && strings.Contains(out, "weft: the pod is not in the mesh yet: "), out
-	})
-	scale(t, 1)
+	notMade(t, "early", "weft: the pod is not in the mesh yet: ")
+	scale(t, controllers)
 	if err := k8s.UntilReady(t.Context(), 2*time.Minute, "mesh", "app=early", nil); err != nil {
 		t.Fatal(err)
 	}
 	condition(t, "mesh", "pod", "early", `weft.dev/Enrolled=True Captured: `)
+}
+
+// notMade waits until the runtime does not make a pod's container, for a reason.
+func notMade(t *testing.T, pod, reason string) {
+	t.Helper()
+	until(t, time.Minute, "the refusal", func() (bool, string) {
+		out, err := k8s.Kubectl(t.Context(), "get", "pod", "-n", "mesh", pod, "-o", "jsonpath={.status.containerStatuses[0].state}")
+		return err == nil && strings.Contains(out, "CreateContainerError") && strings.Contains(out, reason), out
+	})
 }
 
 // rolling asks, by requests, what can be replaced without a loss: a stream or a session ends with the app at its other end.
@@ -152,16 +157,16 @@ var rolling = heldLoad("rolling", `[{"name": "front-20",       "kind": "http-kee
 // TestRollingRestarts: every Deployment of the shop is replaced under load from both nodes, callees Strict with AccessPolicies,
 // and no request is lost. No new pod has started outside the mesh.
 func TestRollingRestarts(t *testing.T) {
-	alone(t, "shop")
-	s := newShopUnder(t, "rolling", rolling)
-	apply(t, guarded)
-	if _, err := k8s.Kubectl(t.Context(), "label", "namespace", "shop", "weft.dev/mesh=enabled"); err != nil {
+	alone(t, till)
+	s := newShopWith(t, till, "rolling", rolling)
+	apply(t, s.in(guarded))
+	if _, err := k8s.Kubectl(t.Context(), "label", "namespace", till, "weft.dev/mesh=enabled"); err != nil {
 		t.Fatal(err)
 	}
-	if err := k8s.UntilCondition(t.Context(), time.Minute, "shop", "", enforced, "True", nil); err != nil {
+	if err := k8s.UntilCondition(t.Context(), time.Minute, till, "", enforced, "True", nil); err != nil {
 		t.Fatal(err)
 	}
-	before, err := k8s.Pods(t.Context(), "shop", "app notin (rolling)")
+	before, err := k8s.Pods(t.Context(), till, "app notin (rolling)")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -170,17 +175,17 @@ func TestRollingRestarts(t *testing.T) {
 		for _, d := range []string{"front", "catalogue-v1", "catalogue-v2", "prices", "redis"} {
 			s.dwell(200)
 			for _, step := range []string{"restart", "status"} {
-				if out, err := k8s.Kubectl(t.Context(), "rollout", step, "-n", "shop", "deployment/"+d); err != nil {
+				if out, err := k8s.Kubectl(t.Context(), "rollout", step, "-n", till, "deployment/"+d); err != nil {
 					t.Fatal(err, out)
 				}
 			}
 		}
 	}
 	s.dwell(200)
-	if err := k8s.UntilCondition(t.Context(), time.Minute, "shop", "", enforced, "True", nil); err != nil {
+	if err := k8s.UntilCondition(t.Context(), time.Minute, till, "", enforced, "True", nil); err != nil {
 		t.Fatal(err)
 	}
-	now, err := k8s.Pods(t.Context(), "shop", "app notin (rolling)")
+	now, err := k8s.Pods(t.Context(), till, "app notin (rolling)")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -379,15 +384,7 @@ func look(t *testing.T, node string) books {
 	uid := nodeproxyOn(t, node).Metadata.UID
 	for name, pid := range map[string]int{"agent": processOf(t, uid, "nodeproxy", "agent"), "Envoy": processOf(t, uid, "envoy", "")} {
 		count("descriptors of "+name, fmt.Sprintf("/proc/%d/fd/*", pid))
-		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-		if err != nil {
-			t.Fatal(err)
-		}
-		kib, err := strconv.Atoi(regexp.MustCompile(`VmRSS:\s+(\d+)`).FindStringSubmatch(string(status))[1])
-		if err != nil {
-			t.Fatal(err)
-		}
-		b.memory[name] = kib >> 10
+		b.memory[name] = residentKiB(t, pid) >> 10
 	}
 	for _, name := range []string{"addresses", "handovers", "listeners", "pods", "probes", "proxies", "records", "server_first", "services", "usages"} {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(host, "sys/fs/bpf/weft/maps", name), nil)

@@ -48,6 +48,7 @@ spec:
 // TestProbes: §4. Under Strict kubelet's probes of every kind and its hooks reach the app on both nodes; a stranger and a
 // pod of the host's network get nothing on the same ports.
 func TestProbes(t *testing.T) {
+	alone(t, "mesh")
 	enterStrict(t)
 	apply(t, probed)
 	if err := k8s.UntilCondition(t.Context(), time.Minute, "mesh", "app=probed", enforced, "True", nil); err != nil {

@@ -15,7 +15,88 @@ import (
 	"time"
 )
 
-var rotate = flag.Bool("rotate", false, "change the root under load: 25 minutes, most of them kubelet's time to mount the bundle and the end of old SVIDs")
+var rotate = flag.Bool("rotate", false, "change the root under load: 25 minutes, most of them kubelet's time to mount the bundle and the end of old SVIDs; and five times with SVIDs that live for a minute, 15 minutes")
+
+// shortLived are values under which SVIDs are renewed every half minute, and a root can be replaced in two minutes.
+var shortLived = []string{"--set", "controlplane.svidTTL=1m", "--set", "controlplane.mountDelay=1s"}
+
+// TestRotations: SVIDs are renewed again and again, and five roots come and go meanwhile, under load without raw TCP that never ends:
+// nothing is lost.
+func TestRotations(t *testing.T) {
+	if !*rotate {
+		t.Skip("it takes 15 minutes: run it with -rotate; its short form is part of TestUpgrade")
+	}
+	reinstall(t, shortLived...)
+	t.Cleanup(func() { reinstall(t) })
+	beginAnew(t)
+	s := enrolledShop(newDrainedShop(t))
+	began := time.Now()
+	for range 5 {
+		s.changeRoot(true)
+	}
+	for time.Since(began) < 10*time.Minute {
+		s.dwell(1000)
+	}
+	sum := s.leave()
+	t.Logf("%v: %d requests on %d connections, none lost", time.Since(began).Round(time.Second), sum.Requests, sum.Connections)
+}
+
+// changeRoot changes the root while SVIDs are short-lived, until both nodes have renewed all of theirs, by the new root; to the end: until
+// the old one is dropped.
+func (s shop) changeRoot(toTheEnd bool) {
+	t := s.T
+	t.Helper()
+	began := time.Now()
+	old := readAuthority(t).roots(t)[0]
+	before := map[string]map[string][]*x509.Certificate{}
+	for _, at := range placements {
+		before[at.node] = kept(t, at.node)
+	}
+	request := fmt.Sprint(began.UnixNano())
+	if _, err := k8s.Kubectl(t.Context(), "annotate", "secret", "-n", system, "weft-ca", "weft.dev/rotate="+request, "--overwrite"); err != nil {
+		t.Fatal(err)
+	}
+	phase := func(want string) {
+		t.Helper()
+		until(t, 3*time.Minute, "the phase "+want, func() (bool, string) {
+			now := readAuthority(t).Annotations
+			return now["weft.dev/rotation-phase"] == want && (want != "done" || now["weft.dev/rotated"] == request), fmt.Sprint(now)
+		})
+	}
+	phase("switched")
+	root := readAuthority(t).roots(t)[0]
+	if bytes.Equal(root.Raw, old.Raw) {
+		t.Fatal("the old root still signs")
+	}
+	renewed := 0
+	for _, at := range placements {
+		until(t, 2*time.Minute, "SVIDs of the new root on "+at.node, func() (bool, string) {
+			renewed = 0
+			for name, chain := range kept(t, at.node) {
+				if !strings.HasPrefix(name, "spiffe://") || len(chain) == 0 {
+					continue
+				}
+				if life := chain[0].NotAfter.Sub(chain[0].NotBefore); life > 10*time.Minute || !signedBy(chain[0], root) {
+					return false, fmt.Sprintf("that of %s lives for %v, and is the new root's: %t", name, life, signedBy(chain[0], root))
+				}
+				if was := before[at.node][name]; len(was) > 0 && bytes.Equal(was[0].Raw, chain[0].Raw) {
+					return false, name + " has its old one"
+				}
+				renewed++
+			}
+			return renewed > 0, "Envoy holds no SVID"
+		})
+	}
+	s.dwell(400)
+	if toTheEnd {
+		phase("done")
+		if now := readAuthority(t).roots(t); len(now) != 1 || !bytes.Equal(now[0].Raw, root.Raw) {
+			t.Fatalf("%d roots are trusted at the end, want the new one alone", len(now))
+		}
+	}
+	sum := s.lossless()
+	t.Logf("a new root after %v; by now %d requests on %d connections, none lost", time.Since(began).Round(time.Second), sum.Requests, sum.Connections)
+}
 
 // authority is what the CA Secret says.
 type authority struct {
@@ -108,7 +189,7 @@ func signedBy(leaf, root *x509.Certificate) bool {
 	return err == nil
 }
 
-// TestRootRotation: the root is replaced while the shop is in the mesh under load, and nothing is lost. The load has no raw TCP:
+// TestRootRotation: the root is replaced while the shop is in the mesh under load and leaders die, and nothing is lost. The load has no raw TCP:
 // those connections are cut within the life of their peer's SVID, as documented.
 func TestRootRotation(t *testing.T) {
 	if !*rotate {
@@ -117,7 +198,7 @@ func TestRootRotation(t *testing.T) {
 	reinstall(t, "--set", "controlplane.svidTTL=15m") // the shortest there is
 	t.Cleanup(func() { reinstall(t) })
 	beginAnew(t) // the root that is there has signed for longer, and stays until the last of those SVIDs ends
-	s := newShopUnder(t, "busy", busy)
+	s := newShopWith(t, "shop", "busy", busy)
 	apply(t, guarded)
 	s.label("app in (busy,catalogue,prices)", true)
 	s.begin("app=busy")
@@ -132,10 +213,17 @@ func TestRootRotation(t *testing.T) {
 	if _, err := k8s.Kubectl(t.Context(), "annotate", "secret", "-n", system, "weft-ca", "weft.dev/rotate="+request, "--overwrite"); err != nil {
 		t.Fatal(err)
 	}
-	until(t, 15*time.Minute, "the new root to sign", func() (bool, string) {
-		now := readAuthority(t).Annotations
-		return now["weft.dev/rotation-phase"] == "switched", fmt.Sprint(now)
-	})
+	// The leader dies in every phase, and the next goes on from it.
+	for _, phase := range []string{"published", "switched"} {
+		until(t, 15*time.Minute, "the phase "+phase, func() (bool, string) {
+			now := readAuthority(t).Annotations
+			return now["weft.dev/rotation-phase"] == phase, fmt.Sprint(now)
+		})
+		leader, _ := replicas(t)
+		kill(t, leader)
+		next, _ := replicas(t)
+		t.Logf("phase %s: the leader %s is killed, %s leads", phase, leader.Name, next.Name)
+	}
 	both := readAuthority(t).roots(t)
 	if len(both) != 2 || bytes.Equal(both[0].Raw, old[0].Raw) || !bytes.Equal(both[1].Raw, old[0].Raw) {
 		t.Fatalf("%d roots are trusted after the switch, want the new one and the old one", len(both))
@@ -186,7 +274,7 @@ func beginAnew(t *testing.T) {
 	if _, err := k8s.Kubectl(t.Context(), "delete", "secret,configmap", "weft-ca", "-n", system); err != nil {
 		t.Fatal(err)
 	}
-	scale(t, 1)
+	scale(t, controllers)
 	restartAgents(t)
 }
 

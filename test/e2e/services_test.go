@@ -54,6 +54,7 @@ spec: {selector: {app: nobody}, ports: [{name: http, port: 80, targetPort: 8080}
 
 // TestServices: each kind behaves from an enrolled pod as it does from one outside, which goes through kube-proxy.
 func TestServices(t *testing.T) {
+	alone(t, "mesh")
 	apply(t, kinds)
 	if _, err := k8s.Kubectl(t.Context(), "patch", "service", "-n", "mesh", "balanced", "--subresource=status", "--type=merge", "-p", `{"status":{"loadBalancer":{"ingress":[{"ip":"192.0.2.20"}]}}}`); err != nil {
 		t.Fatal(err)
@@ -138,6 +139,7 @@ func TestServices(t *testing.T) {
 
 // TestHTTPRoute: producer routes of the standard channel, by real requests.
 func TestHTTPRoute(t *testing.T) {
+	alone(t, "mesh")
 	apply(t, `
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/weftmesh/weft/test/cluster/snapshot"
+	"github.com/weftmesh/weft/test/kube"
 )
 
 // before is the machine as it was with the cluster up and weft not installed; untouched, the nodes and the fixtures.
@@ -32,7 +33,11 @@ var keptByKubelet = regexp.MustCompile(`^n\d: files: \+ /run/weft$`)
 // TestUninstall: helm uninstall takes running pods out, unharmed, and leaves nothing. It installs weft again, so that it
 // may run before other tests.
 func TestUninstall(t *testing.T) {
+	var left []string
 	t.Cleanup(func() {
+		if t.Failed() { // last, where it is not lost among the agents' words
+			defer t.Logf("left behind: %q", left)
+		}
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 		defer cancel()
 		if err := start(ctx); err != nil {
@@ -57,6 +62,17 @@ func TestUninstall(t *testing.T) {
 	seesWeft(t)
 
 	followAgents(t)
+	// A connection that is open when the agents go ends while they leave.
+	open := hold(t, client, placements[1], "server.mesh:9000")
+	until(t, time.Minute, "a connection in use", func() (bool, string) { lines, _, how := open.state(); return lines > 3, fmt.Sprint(lines, how) })
+	go func() {
+		_ = kube.Until(t.Context(), 5*time.Minute, "the agents to go", nil, func(ctx context.Context) (bool, string) {
+			all, err := k8s.Pods(ctx, system, "app=weft-nodeproxy")
+			return err == nil && len(all) > 0 && !slices.ContainsFunc(all, func(p kube.Pod) bool { return !p.Deleting }), fmt.Sprint(all, err)
+		})
+		time.Sleep(2 * time.Second)
+		open.letGo()
+	}()
 	out, err := k8s.Helm(t.Context(), "uninstall", "weft", "-n", system, "--wait", "--timeout", "5m")
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -90,8 +106,8 @@ func TestUninstall(t *testing.T) {
 		if n := untouched.common(now); n < 50 {
 			return false, fmt.Sprintf("only %d places are left to compare", n)
 		}
-		changes := slices.DeleteFunc(untouched.changes(now), func(c string) bool { return keptByKubelet.MatchString(c) })
-		return len(changes) == 0, fmt.Sprintf("%d changes:\n%s", len(changes), strings.Join(changes[:min(40, len(changes))], "\n"))
+		left = slices.DeleteFunc(untouched.changes(now), func(c string) bool { return keptByKubelet.MatchString(c) })
+		return len(left) == 0, fmt.Sprintf("%d changes:\n%s", len(left), strings.Join(left[:min(40, len(left))], "\n"))
 	})
 
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -99,11 +115,11 @@ func TestUninstall(t *testing.T) {
 	if _, err := k8s.Kubectl(ctx, "delete", "namespace", "mesh", "outside", system, "--ignore-not-found"); err != nil {
 		t.Fatal(err)
 	}
-	left, err := snapshot.Settle(ctx, before, weftsOwn)
+	machine, err := snapshot.Settle(ctx, before, weftsOwn)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, change := range left {
+	for _, change := range machine {
 		t.Error(change)
 	}
 }

@@ -41,10 +41,7 @@ func TestAgentAway(t *testing.T) {
 	t.Run("the runtime requires it", func(t *testing.T) {
 		back := withoutAgent(t, "n2")
 		apply(t, podOn("early", "n2", "mesh", "", calls))
-		until(t, time.Minute, "the refusal", func() (bool, string) {
-			out, err := k8s.Kubectl(t.Context(), "get", "pod", "-n", "mesh", "early", "-o", "jsonpath={.status.containerStatuses[0].state}")
-			return err == nil && strings.Contains(out, "CreateContainerError") && strings.Contains(out, `required plugin`), out
-		})
+		notMade(t, "early", "required plugin")
 		back()
 		ready(t, "app=early")
 		inMesh(t, "app=early", "Captured")

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -78,6 +79,10 @@ func (c *Cluster) Pipe(ctx context.Context, stdin string, args ...string) (strin
 	return c.run(ctx, stdin, c.Cluster.Kubectl, args...)
 }
 
+// OwnClientAddress is the MeshConfig under which a callee's app tells by its client's address whether Envoy brought the
+// connection: it is what load.View counts by.
+const OwnClientAddress = "apiVersion: weft.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: default}\nspec: {clientAddress: Own}\n"
+
 // Helm runs helm and returns what it prints.
 func (c *Cluster) Helm(ctx context.Context, args ...string) (string, error) {
 	return c.run(ctx, "", c.Cluster.Helm, args...)
@@ -97,9 +102,7 @@ func (c *Cluster) Admin(ctx context.Context, node, path string) (string, error) 
 			continue
 		}
 		client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
-			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				return (&net.Dialer{}).DialContext(ctx, "unix", fmt.Sprintf("/proc/%d/root/run/weft/envoy/admin.sock", n.PID))
-			}}}
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return dialAdmin(ctx, n.PID) }}}
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://envoy"+path, nil)
 		if err != nil {
 			return "", fmt.Errorf("ask Envoy on %s for %s: %w", node, path, err)
@@ -116,6 +119,29 @@ func (c *Cluster) Admin(ctx context.Context, node, path string) (string, error) 
 		return string(text), nil
 	}
 	return "", fmt.Errorf("ask Envoy on %s: the cluster has no such node", node)
+}
+
+// dialAdmin reaches the Envoy of a node; the one of two that began last.
+func dialAdmin(ctx context.Context, machine int) (net.Conn, error) {
+	sockets, err := filepath.Glob(fmt.Sprintf("/proc/%d/root/run/weft/generation-*/envoy/admin.sock", machine))
+	if err != nil {
+		return nil, err
+	}
+	began := func(path string) time.Time {
+		if info, err := os.Stat(path); err == nil {
+			return info.ModTime()
+		}
+		return time.Time{}
+	}
+	slices.SortFunc(sockets, func(a, b string) int { return began(b).Compare(began(a)) })
+	err = errors.New("no Envoy runs there")
+	for _, path := range sockets {
+		var c net.Conn
+		if c, err = (&net.Dialer{}).DialContext(ctx, "unix", path); err == nil {
+			return c, nil
+		}
+	}
+	return nil, err
 }
 
 // Apply applies manifests.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -99,7 +100,7 @@ func (w *Traffic) ByPod() map[string]map[string]load.Stats {
 	return maps.Clone(w.last)
 }
 
-// Between subtracts counters.
+// Between subtracts counters; errors are those that were not there before.
 func Between(from, to load.Stats) load.Stats {
 	d := to
 	d.Requests -= from.Requests
@@ -109,6 +110,7 @@ func Between(from, to load.Stats) load.Stats {
 	d.Closed -= from.Closed
 	d.Direct -= from.Direct
 	d.Proxied -= from.Proxied
+	d.Errors = slices.DeleteFunc(slices.Clone(to.Errors), func(e string) bool { return slices.Contains(from.Errors, e) })
 	d.Callees = maps.Clone(to.Callees)
 	for k, v := range from.Callees {
 		d.Callees[k] = load.View{Direct: d.Callees[k].Direct - v.Direct, Proxied: d.Callees[k].Proxied - v.Proxied}

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"slices"
 	"sort"
 	"sync"
 	"sync/atomic"
@@ -96,7 +97,7 @@ type Stats struct {
 	Broken uint64 `json:"broken"`
 	// Closed connections: the server said "Connection: close", or GOAWAY.
 	Closed uint64 `json:"closed"`
-	// Direct and Proxied requests by the callee's view: it saw the caller's address, or its own.
+	// Direct and Proxied requests by the callee's view: it saw the caller's address, or its own (kube.OwnClientAddress).
 	Direct  uint64 `json:"direct"`
 	Proxied uint64 `json:"proxied"`
 	// Callees splits both by the address of the callee.
@@ -107,7 +108,7 @@ type Stats struct {
 	Statuses map[string]uint64 `json:"statuses,omitempty"`
 	// Oldest is the age of the oldest open connection in seconds.
 	Oldest float64 `json:"oldest,omitempty"`
-	// Errors holds the first few, with the time of day.
+	// Errors holds the last few of each target, with the time of day.
 	Errors []string `json:"errors,omitempty"`
 }
 
@@ -303,9 +304,10 @@ const errorsKept = 20
 func (c *client) note(what string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.errors) < errorsKept {
-		c.errors = append(c.errors, time.Now().Format("15:04:05.000")+" client "+fmt.Sprint(c.index)+": "+what)
+	if len(c.errors) == errorsKept {
+		c.errors = slices.Delete(c.errors, 0, 1)
 	}
+	c.errors = append(c.errors, time.Now().Format("15:04:05.000")+" client "+fmt.Sprint(c.index)+": "+what)
 }
 
 func (c *client) fail(what string) {

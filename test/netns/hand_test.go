@@ -25,7 +25,7 @@ import (
 // A hand is a process in a cgroup of its own that does what it is told in any namespace: as Envoy it listens and
 // dials with tags, as kubelet it probes. order and report are the lines of its pipes.
 type order struct {
-	Do    string // "listen", "unlisten", "accept", "dial", "herd", "disband", "load", "probes"
+	Do    string // "listen", "unlisten", "accept", "dial", "reach", "give", "drop", "herd", "disband", "load", "probes"
 	Netns string
 	// listen, unlisten, accept
 	Port       uint16
@@ -41,9 +41,14 @@ type order struct {
 	// probes: kubelet's cgroup
 	Kubelet string
 	Tag     int // 0: none; else set by the private socket option
+	// dial: bound to before as original_src does it, if given
+	Client netip.Addr
+	Keep   bool // the connection stays open until disband
 	// herd: dial Count connections, spread over Targets, and keep them
 	Targets []string
 	Count   int
+	// drop: which descriptor; give: the client's address, in To
+	File int
 }
 
 type report struct {
@@ -51,6 +56,7 @@ type report struct {
 	Greeting greeting
 	Local    netip.AddrPort
 	Peer     netip.AddrPort
+	File     int // reach, give: the connection's descriptor
 	Wrong    int // herd: connections whose greeting does not name their target, or that failed
 }
 
@@ -208,6 +214,12 @@ func (w *worker) do(o order) (r report) {
 		delete(w.listeners, listenerKey(o))
 	case "dial":
 		err = w.dial(o, &r)
+	case "reach":
+		r.File, err = w.reach(o)
+	case "give":
+		r.File, err = w.listeners[listenerKey(o)].give(o.To)
+	case "drop":
+		err = unix.Close(o.File)
 	case "herd":
 		r.Wrong, err = w.gather(o)
 	case "load":
@@ -266,19 +278,50 @@ func inPath(path string, f func() error) error {
 func (w *worker) dial(o order, r *report) error {
 	var st *stream
 	err := inPath(o.Netns, func() (err error) {
-		st, err = socket(domainOf(netip.MustParseAddrPort(o.To)), 0, tagged(o.Tag)...)
+		st, err = socket(domainOf(netip.MustParseAddrPort(o.To)), 0, append(tagged(o.Tag), from(o.Client)...)...)
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	defer st.close()
+	if o.Keep {
+		w.herd = append(w.herd, st)
+	} else {
+		defer st.close()
+	}
 	if err := st.connect(o.To); err != nil {
 		return err
 	}
 	r.Local, r.Peer = st.local(), st.peer()
 	r.Greeting, err = st.greeting()
 	return err
+}
+
+// reach dials and keeps the connection; its descriptor is for the tests to take.
+func (w *worker) reach(o order) (file int, err error) {
+	var st *stream
+	err = inPath(o.Netns, func() (err error) {
+		if st, err = socket(domainOf(netip.MustParseAddrPort(o.To)), 0, tagged(o.Tag)...); err != nil {
+			return err
+		}
+		return st.connectOrClose(o.To)
+	})
+	if err != nil {
+		return 0, err
+	}
+	return st.fd, nil
+}
+
+// from binds to a client's address as Envoy's listener filter original_src has it done.
+func from(client netip.Addr) []option {
+	if !client.IsValid() {
+		return nil
+	}
+	level, name := unix.SOL_IP, unix.IP_TRANSPARENT
+	if client.Is6() {
+		level, name = unix.SOL_IPV6, unix.IPV6_TRANSPARENT
+	}
+	return []option{intOption(level, name, 1), func(fd int) error { return unix.Bind(fd, sockaddr(netip.AddrPortFrom(client, 0), false)) }}
 }
 
 func tagged(tag int) []option {
@@ -381,17 +424,30 @@ func (l *listener) accept() {
 					} else if err != nil {
 						return
 					}
-					conn, _, err := unix.Accept4(fd, unix.SOCK_CLOEXEC)
+					conn, peer, err := unix.Accept4(fd, unix.SOCK_CLOEXEC)
 					if err == unix.EAGAIN || err == unix.EINTR || err == unix.ECONNABORTED {
 						continue
 					} else if err != nil {
 						return
 					}
-					go l.serve(&stream{conn})
+					go l.serve(&stream{conn}, addrPort(peer))
 				}
 			}()
 		}
 	})
+}
+
+// give returns the descriptor of a connection that is held, by its client, and forgets it.
+func (l *listener) give(client string) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i, st := range l.held {
+		if unmap(st.peer()).String() == client {
+			l.held = append(l.held[:i], l.held[i+1:]...)
+			return st.fd, nil
+		}
+	}
+	return 0, errors.New("no such connection yet")
 }
 
 func (l *listener) close() {
@@ -408,8 +464,8 @@ func (l *listener) close() {
 }
 
 // serve greets, then echoes lines; "relay" joins an inbound connection to the app by a local leg, as Envoy does.
-func (l *listener) serve(st *stream) {
-	g := greeting{By: l.order.By, Generation: l.order.Generation, Local: st.local(), Peer: st.peer()}
+func (l *listener) serve(st *stream, accepted netip.AddrPort) {
+	g := greeting{By: l.order.By, Generation: l.order.Generation, Local: st.local(), Peer: st.peer(), Accepted: accepted}
 	if l.order.By == "out" {
 		original, err := originalDestination(st.fd, g.Local)
 		g.Original, g.Error = original, errorName(err)
@@ -418,10 +474,10 @@ func (l *listener) serve(st *stream) {
 	}
 	line, _ := json.Marshal(g)
 	if l.order.Hold {
-		_ = st.write(string(line) + "\n")
 		l.mu.Lock()
 		l.held = append(l.held, st)
 		l.mu.Unlock()
+		_ = st.write(string(line) + "\n")
 		return
 	}
 	// Waits in Go's poller from here on, for there may be thousands.
@@ -438,7 +494,7 @@ func (l *listener) serve(st *stream) {
 	lines := bufio.NewScanner(conn)
 	for lines.Scan() {
 		if lines.Text() == "relay" {
-			l.relay(conn, g.Original)
+			l.relay(conn, g.Original, g.Peer.Addr().Unmap())
 			return
 		}
 		if _, err := fmt.Fprintln(conn, lines.Text()); err != nil {
@@ -447,10 +503,10 @@ func (l *listener) serve(st *stream) {
 	}
 }
 
-func (l *listener) relay(conn net.Conn, to netip.AddrPort) {
+func (l *listener) relay(conn net.Conn, to netip.AddrPort, client netip.Addr) {
 	var leg *stream
 	err := inPath(l.order.Netns, func() (err error) {
-		if leg, err = socket(domainOf(to), 0, tagged(names.TagLocalLeg)...); err != nil {
+		if leg, err = socket(domainOf(to), 0, append(tagged(names.TagLocalLeg), from(client)...)...); err != nil {
 			return err
 		}
 		return leg.connectOrClose(to.String())

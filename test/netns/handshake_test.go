@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -66,6 +68,37 @@ func outClosedEarly(t *testing.T) {
 	p.reaches(t, otherIPv4)
 	if n := w.entries("handovers"); n > 0 {
 		t.Errorf("%d hand-overs are left", n)
+	}
+}
+
+// outOtherContainer: what waits at the listeners of an Envoy that died with its container belongs to that one's cgroup, and the next
+// one learns all the same where it was meant for.
+func outOtherContainer(t *testing.T) {
+	w, p := capturing(t)
+	w.envoy.must(order{Do: "unlisten", Netns: p.path, Port: names.PortOutHTTP})
+	w.envoy.must(order{Do: "listen", Netns: p.path, Port: names.PortOutHTTP, By: "out", Deaf: true})
+	var waiting []*stream
+	for _, to := range []string{serviceIPv4, serviceIPv6} {
+		st, err := p.dial(to)
+		if err != nil {
+			t.Fatal(err)
+		}
+		waiting = append(waiting, st)
+	}
+	next := newHand(t, cgroupBase, unique("next"))
+	w.ok(w.redirect.AttachProxy(0, next.cgroup))
+	w.envoy.must(order{Do: "accept", Netns: p.path, Port: names.PortOutHTTP})
+	for i, to := range []string{serviceIPv4, serviceIPv6} {
+		if g, err := waiting[i].greeting(); err != nil || g.Original.String() != to {
+			t.Errorf("dialled %s before the container was another: %+v, %v", to, g, err)
+		}
+	}
+	if s, err := w.redirect.Verify(p.uid); err != nil || len(s.Drift) > 0 {
+		t.Errorf("drift %v, %v", s.Drift, err)
+	}
+	w.ok(w.redirect.DetachProxy(0))
+	if left, err := os.ReadDir(filepath.Join(w.pins, "proxies")); err != nil || len(left) > 0 {
+		t.Errorf("left of an Envoy: %v, %v", left, err)
 	}
 }
 

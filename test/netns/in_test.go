@@ -46,6 +46,9 @@ func relayed(t *testing.T, from *pod, to string) {
 	if err != nil || app.By != "app" || unmap(app.Local).String() != to {
 		t.Errorf("relayed to %s: greeted by %q at %s, %v", to, app.By, app.Local, err)
 	}
+	if got, want := unmap(app.Peer).Addr(), st.local().Addr(); got != want || app.Accepted != app.Peer {
+		t.Errorf("relayed to %s: the app sees %s, at accept %s, not %s", to, app.Peer, app.Accepted, want)
+	}
 }
 
 // by dials and names who greets, or the error.
@@ -185,6 +188,35 @@ func inPermissiveWithoutEnvoy(t *testing.T) {
 	wantBy(t, stranger, appAddresses[0], "ECONNREFUSED")
 	w.ok(w.redirect.SetMode(p.uid, redirect.Mode{}))
 	wantBy(t, stranger, appAddresses[0], "app")
+}
+
+// inAbandoned: weft is gone from the node, agent and Envoys, and was not told to go.
+func inAbandoned(t *testing.T) {
+	w, p, stranger := serving(t)
+	peer := w.pod("b", peerIPv4, peerIPv6)
+	if _, err := w.redirect.SetAddresses(peer.addresses); err != nil {
+		t.Fatal(err)
+	}
+	w.ok(w.redirect.Alive())
+	for _, to := range appAddresses {
+		wantBy(t, peer, to, "in")
+	}
+	w.unlisten(w.envoy, p, 0)
+	for _, to := range appAddresses {
+		wantBy(t, peer, to, "ECONNREFUSED")
+	}
+	w.silent()
+	for _, to := range appAddresses {
+		w.counts("in_plain", func() { wantBy(t, peer, to, "app") })
+	}
+	w.ok(w.redirect.SetMode(p.uid, redirect.Mode{Strict: true}))
+	for _, to := range appAddresses {
+		w.counts("drop_no_listener", func() { wantBy(t, peer, to, "ECONNREFUSED") })
+		wantBy(t, stranger, to, "ECONNREFUSED")
+	}
+	w.ok(w.redirect.SetMode(p.uid, redirect.Mode{}))
+	w.ok(w.redirect.Alive()) // an agent is back
+	wantBy(t, peer, appAddresses[0], "ECONNREFUSED")
 }
 
 func inServerFirst(t *testing.T) {

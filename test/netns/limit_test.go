@@ -77,23 +77,29 @@ func fullHandovers(t *testing.T) {
 	p.reaches(t, otherIPv4)
 }
 
-// fullBetweenHooks fills the map after the connect hook found room and before sockops uses it: another program at the
-// same hook does it, which runs after ours.
-func fullBetweenHooks(t *testing.T) {
-	w, p, stranger := serving(t, limits(redirect.Limits{Handovers: 1}))
+// fillBetweenHooks has the map of hand-overs full after the connect hook found room and before sockops uses it: another
+// program at the same hook does it, which runs after ours. It returns the map.
+func (w *world) fillBetweenHooks(p *pod) *ebpf.Map {
+	w.t.Helper()
 	handovers := w.pinnedMap("handovers")
 	cookie, err := strconv.ParseInt(w.cookie(p), 10, 64)
 	w.ok(err)
 	for kind, attach := range map[string]ebpf.AttachType{"connect4": ebpf.AttachCGroupInet4Connect, "connect6": ebpf.AttachCGroupInet6Connect} {
 		filler, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.CGroupSockAddr, AttachType: attach, License: "GPL", Instructions: fill(handovers, cookie)})
 		w.ok(err)
-		defer filler.Close()
+		w.t.Cleanup(func() { filler.Close() })
 		l, err := link.AttachCgroup(link.CgroupOptions{Path: cgroupBase, Attach: attach, Program: filler})
 		if err != nil {
-			t.Fatalf("attach after %s: %v", kind, err)
+			w.t.Fatalf("attach after %s: %v", kind, err)
 		}
-		defer l.Close()
+		w.t.Cleanup(func() { l.Close() })
 	}
+	return handovers
+}
+
+func fullBetweenHooks(t *testing.T) {
+	w, p, stranger := serving(t, limits(redirect.Limits{Handovers: 1}))
+	handovers := w.fillBetweenHooks(p)
 	for _, to := range []string{serviceIPv4, serviceIPv6} {
 		w.counts("out_lost_full", func() { wantBy(t, p, to, "ECONNREFUSED") })
 		w.emptied(handovers)

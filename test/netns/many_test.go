@@ -12,13 +12,13 @@ import (
 )
 
 // outMany holds 40,200 connections in one pod, 20,100 of each family to three services, from 16,080 source ports: to one
-// destination they would not do. -test.short makes it a twentieth of both. The hard limit of open files is 20,000: three
+// destination they would not do. -test.short makes it a hundredth of both. The hard limit of open files is 20,000: three
 // processes dial and three accept.
 func outMany(t *testing.T) {
 	const hands = 3
 	count := 40200
 	if testing.Short() {
-		count /= 20
+		count /= 100
 	}
 	ports := count * 2 / 5
 	w := newWorld(t, limits(redirect.Limits{ConnectionsPerPod: 65536}))

@@ -405,7 +405,7 @@ func outPodAddress(t *testing.T) {
 		t.Fatal(refused, err)
 	}
 	for _, to := range []string{peerIPv4 + ":8080", peerIPv4 + ":9090", "[" + peerIPv6 + "]:8080"} {
-		if _, g := p.reaches(t, to); g.Local.Port() != names.PortOutTCP {
+		if _, g := p.reaches(t, to); g.Local.Port() != names.PortOutPod {
 			t.Errorf("dialled %s: steered to port %d", to, g.Local.Port())
 		}
 	}
@@ -447,6 +447,33 @@ func outNoListener(t *testing.T) {
 			_, err := p.dial(to)
 			wantErrno(t, err, unix.ECONNREFUSED, "dial "+to)
 		})
+	}
+}
+
+// outAbandoned is inAbandoned for what the pod dials.
+func outAbandoned(t *testing.T) {
+	w, p := capturing(t)
+	server := w.pod("y", "10.96.0.1", "fd10::1") // the service's address is a plain server's too
+	server.serve("plain", 80)
+	w.ok(w.redirect.Alive())
+	w.silent()
+	for _, to := range []string{serviceIPv4, serviceIPv6} { // Envoy serves all the same
+		if _, g := p.reaches(t, to); g.By == "plain" {
+			t.Errorf("dialled %s: not captured, though Envoy listens", to)
+		}
+	}
+	w.unlisten(w.envoy, p, 0)
+	for _, to := range []string{serviceIPv4, serviceIPv6} {
+		w.counts("out_plain", func() {
+			if st, g, err := p.greeted(to); err != nil || g.By != "plain" || st.peer().String() != to {
+				t.Errorf("dialled %s: greeted by %q, %v", to, g.By, err)
+			}
+		})
+	}
+	w.ok(w.redirect.SetMode(p.uid, redirect.Mode{Strict: true}))
+	for _, to := range []string{serviceIPv4, serviceIPv6} {
+		_, err := p.dial(to)
+		wantErrno(t, err, unix.ECONNREFUSED, "dial "+to+" from a Strict pod")
 	}
 }
 

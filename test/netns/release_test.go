@@ -60,8 +60,8 @@ func lifeRelease(t *testing.T) {
 	q.serve("app", 8080)
 	visitor := bystander.pod("x", strangerIPv4, strangerIPv6)
 	maps, programs, links := w.objects(p)
-	if len(maps) != 16 || len(links) != 13 {
-		t.Errorf("%d maps and %d links are pinned, not 16 and 13", len(maps), len(links))
+	if len(maps) != 22 || len(links) != 13 {
+		t.Errorf("%d maps and %d links are pinned, not 22 and 13", len(maps), len(links))
 	}
 	p.reaches(t, serviceIPv4)
 	p.reset()

@@ -24,7 +24,7 @@ func TestOneInstanceBelowTheCgroupRootOfAnother(t *testing.T) {
 	innerWorld, innerPod := capturing(t, below)
 	app := newHand(t, inner, "app") // a process of the inner node
 	stranger := innerWorld.pod("x", strangerIPv4, strangerIPv6)
-	innerPod.serve("app", 8080)
+	app.must(order{Do: "listen", By: "app", Netns: innerPod.path, Port: 8080})
 
 	for _, to := range []string{serviceIPv4, serviceIPv6} {
 		for _, p := range []*pod{outerPod, innerPod} {

@@ -246,8 +246,9 @@ type greeting struct {
 	Generation uint32         // of the stand-in
 	Original   netip.AddrPort // what SO_ORIGINAL_DST answers; for "in" the local address
 	Local      netip.AddrPort
-	Peer       netip.AddrPort
-	Error      string // of SO_ORIGINAL_DST
+	Peer       netip.AddrPort // what getpeername answers
+	Accepted   netip.AddrPort // what accept answered
+	Error      string         // of SO_ORIGINAL_DST
 }
 
 func (st *stream) greeting() (g greeting, err error) {

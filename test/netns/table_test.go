@@ -28,6 +28,8 @@ var cases = []struct {
 	{"an enrolled pod's address is captured as TCP", outPodAddress},
 	{"the steering port is the class", outClass},
 	{"without a listener of Envoy a captured connect is refused", outNoListener},
+	{"what waits for Envoy goes on where its container is another", outOtherContainer},
+	{"where weft is gone from the node a captured connect goes as without weft, but not a Strict pod's", outAbandoned},
 	{"a client that closes before Envoy accepts leaves nothing", outClosedEarly},
 	{"SYN cookies do not lose the destination", outSynCookies},
 	{"a full backlog delays and loses nothing", outFullBacklog},
@@ -40,6 +42,7 @@ var cases = []struct {
 	{"SYN cookies and a full backlog do not open the pod", inSynCookies},
 	{"Strict without Envoy is closed", inStrictWithoutEnvoy},
 	{"Permissive without Envoy is open, but not to enrolled peers", inPermissiveWithoutEnvoy},
+	{"where weft is gone from the node Permissive is open to all, and Strict to nobody", inAbandoned},
 	{"a server that speaks first gets the listener without inspectors", inServerFirst},
 	{"proxy ports are refused to everybody", inProxyPortsDialled},
 	{"nobody but Envoy binds a proxy port", inProxyPortsBound},
@@ -49,6 +52,16 @@ var cases = []struct {
 	{"where the node's netns is not named, kubelet is known by its cgroup alone", inProbesByCgroup},
 	{"kubelet's probes pass only while nobody shares its cgroup", inProbesShared},
 	{"a kubelet in the root cgroup gets no probe through", inProbesOfTheRoot},
+
+	// client_test.go: whom the app sees
+	{"the app sees its client's address, whichever family it listens in", clientShown},
+	{"where apps are to see their own address they do, from the next connection on", clientOwn},
+	{"local legs come from one address per client, and from no other port twice", clientLegs},
+	{"nobody but Envoy's local legs has a leg's address", clientLegAddresses},
+	{"a client's address that no local leg brought counts for nothing", clientForged},
+	{"a local leg that lost its hand-over is dropped, and nobody else", clientLost},
+	{"a client that could not be noted is shown as the pod, never as the loopback", clientUnknown},
+	{"a pod's local legs are bounded", clientLimit},
 
 	// limit_test.go: full maps
 	{"a full map of hand-overs refuses with EAGAIN", fullHandovers},
@@ -81,16 +94,32 @@ var cases = []struct {
 	{"pins of another boot are released", lifeBoot},
 	{"a failed Load leaves the node untouched", lifeLoadFails},
 	{"a Load that fails half-way gives replaced programs back", lifeLoadUndone},
+
+	// shortcut*_test.go: payload past TCP
+	{"the short circuit keeps every byte in order, both ways at once", shortcutBothWays},
+	{"the short circuit is switched under load and loses nothing", shortcutSwitched},
+	{"without what keeps order in the short circuit these tests fail", shortcutControl},
+	{"only pods that have the short circuit are in it", shortcutOthers},
+	{"what TCP brings twice is read once", shortcutAgain},
+	{"a slow reader of the short circuit holds its sender back", shortcutSlowReader},
+	{"half-closed connections stay in the short circuit", shortcutHalfClose},
+	{"a reset comes after what was sent by the short circuit", shortcutReset},
+	{"a reader that closes on unread bytes of the short circuit shows as an end", shortcutClosedUnread},
+	{"a killed Envoy loses nothing that it had sent by the short circuit", shortcutKilled},
+	{"an agent that starts again keeps the short circuit", shortcutRestart},
+	{"the short circuit's programs are taken off under load, which shows and is repaired", shortcutDetached},
+	{"sockets that find no room in the short circuit stay on TCP", shortcutFull},
+	{"nothing that waits in the short circuit is lost when a pod leaves it", shortcutReleased},
+	{"FIONREAD, MSG_PEEK, MSG_WAITALL and epoll work in the short circuit", shortcutCalls},
+	{"splice finds nothing in the short circuit", shortcutSplice},
+	{"sends by MSG_ZEROCOPY never end in the short circuit", shortcutZerocopy},
+	{"a read in the short circuit that a signal interrupts ends with EAGAIN", shortcutSignal},
+	{"what an MPTCP listener accepts joins the short circuit", shortcutMultipath},
 }
 
+// TestHooks: two nodes of one kernel, with the same addresses and the same cgroup root, run the table side by side, which contains
+// what one alone shows.
 func TestHooks(t *testing.T) {
-	for _, c := range cases {
-		t.Run(c.name, c.run)
-	}
-}
-
-// Two nodes of one kernel, with the same addresses and the same cgroup root, run the table side by side.
-func TestTwoInstances(t *testing.T) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			for _, side := range []string{"left", "right"} {

@@ -88,7 +88,7 @@ func newWorld(t testing.TB, settings ...func(*redirect.Config)) *world {
 			t.Error("release left", w.pins)
 		}
 	})
-	w.envoy = newHand(t, w.root, w.name+"-envoy")
+	w.envoy = newHand(t, w.root, w.name+"-envoy", unix.CAP_NET_ADMIN, unix.CAP_NET_RAW)
 	if err := w.redirect.AttachProxy(0, w.envoy.cgroup); err != nil {
 		t.Fatal(err)
 	}
@@ -195,13 +195,17 @@ func (w *world) ok(err error) {
 }
 
 // listen makes a hand listen in the pod as a generation of Envoy does, and waits until the kernel knows.
-func (w *world) listen(envoy *hand, p *pod, generation uint32) {
+func (w *world) listen(envoy *hand, p *pod, generation uint32, settings ...func(*order)) {
 	w.t.Helper()
 	for _, l := range []struct {
 		by   string
 		port uint16
 	}{{"out", names.PortOutHTTP}, {"in", names.PortIn}, {"in-first", names.PortInFirst}} {
-		envoy.must(order{Do: "listen", Netns: p.path, Port: names.ListenPort(l.port, generation), By: l.by, Generation: generation, Sockets: 2})
+		o := order{Do: "listen", Netns: p.path, Port: names.ListenPort(l.port, generation), By: l.by, Generation: generation, Sockets: 2}
+		for _, set := range settings {
+			set(&o)
+		}
+		envoy.must(o)
 	}
 	eventually(w.t, "three listeners", func() error {
 		listeners, err := w.redirect.Listening(p.uid)
@@ -326,6 +330,19 @@ func wantErrno(t testing.TB, err error, want unix.Errno, what string) {
 	if got := errorName(err); got != unix.ErrnoName(want) {
 		t.Errorf("%s: got %q, want %s", what, got, unix.ErrnoName(want))
 	}
+}
+
+// silent makes the agent one that has not been heard for longer than hooks wait.
+func (w *world) silent() {
+	w.t.Helper()
+	m, err := ebpf.LoadPinnedMap(filepath.Join(w.pins, "maps", "seen"), nil)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer m.Close()
+	var last uint64
+	w.ok(m.Lookup(uint32(0), &last))
+	w.ok(m.Put(uint32(0), last-uint64(31*time.Second)))
 }
 
 // unlisten takes listen back.

@@ -322,8 +322,10 @@ type Mesh struct {
 	Uninstall bool `protobuf:"varint,4,opt,name=uninstall,proto3" json:"uninstall,omitempty"`
 	// Most connections that one pod may hold through the proxy, each direction. 0: 4000.
 	ConnectionsPerPod uint32 `protobuf:"varint,5,opt,name=connections_per_pod,json=connectionsPerPod,proto3" json:"connections_per_pod,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// Apps see their own pod's address as their client's, instead of the client's.
+	OwnClientAddress bool `protobuf:"varint,6,opt,name=own_client_address,json=ownClientAddress,proto3" json:"own_client_address,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Mesh) Reset() {
@@ -389,6 +391,13 @@ func (x *Mesh) GetConnectionsPerPod() uint32 {
 		return x.ConnectionsPerPod
 	}
 	return 0
+}
+
+func (x *Mesh) GetOwnClientAddress() bool {
+	if x != nil {
+		return x.OwnClientAddress
+	}
+	return false
 }
 
 // Namespace is the enrolment and mTLS decision of one namespace, named by the namespace, so that an agent can decide
@@ -722,7 +731,9 @@ type LocalPod struct {
 	Addresses [][]byte `protobuf:"bytes,12,rep,name=addresses,proto3" json:"addresses,omitempty"`
 	// Hash of the newest InboundPolicy of this pod whose endpoint generation every connected node has acknowledged: callers
 	// have moved to new connections, so the chains of earlier policies may go.
-	MovedPolicy   string `protobuf:"bytes,13,opt,name=moved_policy,json=movedPolicy,proto3" json:"moved_policy,omitempty"`
+	MovedPolicy string `protobuf:"bytes,13,opt,name=moved_policy,json=movedPolicy,proto3" json:"moved_policy,omitempty"`
+	// Payload between the pod's apps and Envoy goes past TCP, where the node's kernel can do that.
+	Shortcut      bool `protobuf:"varint,14,opt,name=shortcut,proto3" json:"shortcut,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -846,6 +857,13 @@ func (x *LocalPod) GetMovedPolicy() string {
 		return x.MovedPolicy
 	}
 	return ""
+}
+
+func (x *LocalPod) GetShortcut() bool {
+	if x != nil {
+		return x.Shortcut
+	}
+	return false
 }
 
 // InboundPolicy is everything that a callee enforces, named by the hash of its own content.
@@ -1821,8 +1839,11 @@ type Hello struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Node  string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
 	// The kernel's boot id; a new one voids everything reported before.
-	BootId        string `protobuf:"bytes,2,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
-	Version       string `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
+	BootId  string `protobuf:"bytes,2,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	Version string `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
+	// When the agent opened the stream, by the kernel's clock since boot: of two streams of one boot the later counts, whichever
+	// replica hears of which first. 0: not said, the stream that was heard of last counts.
+	Opened        uint64 `protobuf:"varint,4,opt,name=opened,proto3" json:"opened,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1876,6 +1897,13 @@ func (x *Hello) GetVersion() string {
 		return x.Version
 	}
 	return ""
+}
+
+func (x *Hello) GetOpened() uint64 {
+	if x != nil {
+		return x.Opened
+	}
+	return 0
 }
 
 type Synced struct {
@@ -1936,9 +1964,16 @@ type PodReport struct {
 	// Ports of the InboundPolicy that cannot be enforced as written, and refuse everything: one sentence each.
 	PolicyProblems []string `protobuf:"bytes,12,rep,name=policy_problems,json=policyProblems,proto3" json:"policy_problems,omitempty"`
 	// What Envoy said when it refused the wished InboundPolicy's listeners. Empty: it did not.
-	Refused       string `protobuf:"bytes,13,opt,name=refused,proto3" json:"refused,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Refused string `protobuf:"bytes,13,opt,name=refused,proto3" json:"refused,omitempty"`
+	// Generation of the node's Envoy that the pod's new connections go to. When it changes callers move to new connections: the
+	// Envoy that has the old ones is to end.
+	ProxyGeneration uint32 `protobuf:"varint,14,opt,name=proxy_generation,json=proxyGeneration,proto3" json:"proxy_generation,omitempty"`
+	// The kernel has the short circuit for the pod.
+	Shortcut bool `protobuf:"varint,15,opt,name=shortcut,proto3" json:"shortcut,omitempty"`
+	// Why it has not, though the pod asks for it.
+	ShortcutRefused string `protobuf:"bytes,16,opt,name=shortcut_refused,json=shortcutRefused,proto3" json:"shortcut_refused,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *PodReport) Reset() {
@@ -2062,6 +2097,27 @@ func (x *PodReport) GetRefused() string {
 	return ""
 }
 
+func (x *PodReport) GetProxyGeneration() uint32 {
+	if x != nil {
+		return x.ProxyGeneration
+	}
+	return 0
+}
+
+func (x *PodReport) GetShortcut() bool {
+	if x != nil {
+		return x.Shortcut
+	}
+	return false
+}
+
+func (x *PodReport) GetShortcutRefused() string {
+	if x != nil {
+		return x.ShortcutRefused
+	}
+	return ""
+}
+
 // NodeHealth is the node's own condition.
 type NodeHealth struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2142,10 +2198,9 @@ func (x *NodeHealth) GetTrustBundle() string {
 	return ""
 }
 
+// ReportAck is not sent.
 type ReportAck struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Lease holder, when this replica does not lead: report there. Empty: keep this stream.
-	Leader        string `protobuf:"bytes,1,opt,name=leader,proto3" json:"leader,omitempty"`
+	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2180,24 +2235,591 @@ func (*ReportAck) Descriptor() ([]byte, []int) {
 	return file_api_mesh_v1_mesh_proto_rawDescGZIP(), []int{23}
 }
 
-func (x *ReportAck) GetLeader() string {
+// Following is what a replica says to the leader. A new stream begins with everything.
+type Following struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*Following_Name
+	//	*Following_Served
+	//	*Following_Answers
+	//	*Following_Gone
+	//	*Following_Report
+	Kind          isFollowing_Kind `protobuf_oneof:"kind"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Following) Reset() {
+	*x = Following{}
+	mi := &file_api_mesh_v1_mesh_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Following) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Following) ProtoMessage() {}
+
+func (x *Following) ProtoReflect() protoreflect.Message {
+	mi := &file_api_mesh_v1_mesh_proto_msgTypes[24]
 	if x != nil {
-		return x.Leader
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Following.ProtoReflect.Descriptor instead.
+func (*Following) Descriptor() ([]byte, []int) {
+	return file_api_mesh_v1_mesh_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *Following) GetKind() isFollowing_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *Following) GetName() string {
+	if x != nil {
+		if x, ok := x.Kind.(*Following_Name); ok {
+			return x.Name
+		}
 	}
 	return ""
+}
+
+func (x *Following) GetServed() uint64 {
+	if x != nil {
+		if x, ok := x.Kind.(*Following_Served); ok {
+			return x.Served
+		}
+	}
+	return 0
+}
+
+func (x *Following) GetAnswers() *NodeAnswers {
+	if x != nil {
+		if x, ok := x.Kind.(*Following_Answers); ok {
+			return x.Answers
+		}
+	}
+	return nil
+}
+
+func (x *Following) GetGone() string {
+	if x != nil {
+		if x, ok := x.Kind.(*Following_Gone); ok {
+			return x.Gone
+		}
+	}
+	return ""
+}
+
+func (x *Following) GetReport() *PassedReport {
+	if x != nil {
+		if x, ok := x.Kind.(*Following_Report); ok {
+			return x.Report
+		}
+	}
+	return nil
+}
+
+type isFollowing_Kind interface {
+	isFollowing_Kind()
+}
+
+type Following_Name struct {
+	// The replica's own name, said first.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3,oneof"`
+}
+
+type Following_Served struct {
+	// The number of the newest orders that the replica serves.
+	Served uint64 `protobuf:"varint,2,opt,name=served,proto3,oneof"`
+}
+
+type Following_Answers struct {
+	// What one node's streams to this replica have answered; said again when it changes.
+	Answers *NodeAnswers `protobuf:"bytes,3,opt,name=answers,proto3,oneof"`
+}
+
+type Following_Gone struct {
+	// A node whose last stream to this replica has ended.
+	Gone string `protobuf:"bytes,4,opt,name=gone,proto3,oneof"`
+}
+
+type Following_Report struct {
+	// What a node's agent reports.
+	Report *PassedReport `protobuf:"bytes,5,opt,name=report,proto3,oneof"`
+}
+
+func (*Following_Name) isFollowing_Kind() {}
+
+func (*Following_Served) isFollowing_Kind() {}
+
+func (*Following_Answers) isFollowing_Kind() {}
+
+func (*Following_Gone) isFollowing_Kind() {}
+
+func (*Following_Report) isFollowing_Kind() {}
+
+type NodeAnswers struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Node  string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	// The newest orders that it has answered, with all before them.
+	Number uint64 `protobuf:"varint,2,opt,name=number,proto3" json:"number,omitempty"`
+	// It has not asked for everything yet.
+	Joining bool `protobuf:"varint,3,opt,name=joining,proto3" json:"joining,omitempty"`
+	// What it has not answered as it is now.
+	Open     []*ResourceName    `protobuf:"bytes,4,rep,name=open,proto3" json:"open,omitempty"`
+	Refusals []*RefusedResource `protobuf:"bytes,5,rep,name=refusals,proto3" json:"refusals,omitempty"`
+	// Route configurations that it uses.
+	Routes        []string `protobuf:"bytes,6,rep,name=routes,proto3" json:"routes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeAnswers) Reset() {
+	*x = NodeAnswers{}
+	mi := &file_api_mesh_v1_mesh_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeAnswers) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeAnswers) ProtoMessage() {}
+
+func (x *NodeAnswers) ProtoReflect() protoreflect.Message {
+	mi := &file_api_mesh_v1_mesh_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeAnswers.ProtoReflect.Descriptor instead.
+func (*NodeAnswers) Descriptor() ([]byte, []int) {
+	return file_api_mesh_v1_mesh_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *NodeAnswers) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *NodeAnswers) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *NodeAnswers) GetJoining() bool {
+	if x != nil {
+		return x.Joining
+	}
+	return false
+}
+
+func (x *NodeAnswers) GetOpen() []*ResourceName {
+	if x != nil {
+		return x.Open
+	}
+	return nil
+}
+
+func (x *NodeAnswers) GetRefusals() []*RefusedResource {
+	if x != nil {
+		return x.Refusals
+	}
+	return nil
+}
+
+func (x *NodeAnswers) GetRoutes() []string {
+	if x != nil {
+		return x.Routes
+	}
+	return nil
+}
+
+type ResourceName struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TypeUrl       string                 `protobuf:"bytes,1,opt,name=type_url,json=typeUrl,proto3" json:"type_url,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResourceName) Reset() {
+	*x = ResourceName{}
+	mi := &file_api_mesh_v1_mesh_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResourceName) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResourceName) ProtoMessage() {}
+
+func (x *ResourceName) ProtoReflect() protoreflect.Message {
+	mi := &file_api_mesh_v1_mesh_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResourceName.ProtoReflect.Descriptor instead.
+func (*ResourceName) Descriptor() ([]byte, []int) {
+	return file_api_mesh_v1_mesh_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *ResourceName) GetTypeUrl() string {
+	if x != nil {
+		return x.TypeUrl
+	}
+	return ""
+}
+
+func (x *ResourceName) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type RefusedResource struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Resource      *ResourceName          `protobuf:"bytes,1,opt,name=resource,proto3" json:"resource,omitempty"`
+	Text          string                 `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RefusedResource) Reset() {
+	*x = RefusedResource{}
+	mi := &file_api_mesh_v1_mesh_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RefusedResource) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RefusedResource) ProtoMessage() {}
+
+func (x *RefusedResource) ProtoReflect() protoreflect.Message {
+	mi := &file_api_mesh_v1_mesh_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RefusedResource.ProtoReflect.Descriptor instead.
+func (*RefusedResource) Descriptor() ([]byte, []int) {
+	return file_api_mesh_v1_mesh_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *RefusedResource) GetResource() *ResourceName {
+	if x != nil {
+		return x.Resource
+	}
+	return nil
+}
+
+func (x *RefusedResource) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+type PassedReport struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Report        *NodeReport            `protobuf:"bytes,2,opt,name=report,proto3" json:"report,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PassedReport) Reset() {
+	*x = PassedReport{}
+	mi := &file_api_mesh_v1_mesh_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PassedReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PassedReport) ProtoMessage() {}
+
+func (x *PassedReport) ProtoReflect() protoreflect.Message {
+	mi := &file_api_mesh_v1_mesh_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PassedReport.ProtoReflect.Descriptor instead.
+func (*PassedReport) Descriptor() ([]byte, []int) {
+	return file_api_mesh_v1_mesh_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *PassedReport) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *PassedReport) GetReport() *NodeReport {
+	if x != nil {
+		return x.Report
+	}
+	return nil
+}
+
+// Orders are the leader's decisions about pods: all that its snapshot is made of besides what every replica reads for itself.
+// Sent again unchanged they say that the leader is there.
+type Orders struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The Lease's resource version when the leader took it: a later leader's is higher.
+	Term uint64 `protobuf:"varint,1,opt,name=term,proto3" json:"term,omitempty"`
+	// Number of the leader's snapshot, rising within a term. 0: the leader has none of its own yet.
+	Number uint64 `protobuf:"varint,2,opt,name=number,proto3" json:"number,omitempty"`
+	// What the leader had read, by kind of object: the highest resource version. Who has not read as much may not serve the orders.
+	Covers map[string]uint64 `protobuf:"bytes,3,rep,name=covers,proto3" json:"covers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// There are no orders but these; else they change what came before on this stream.
+	Whole  bool     `protobuf:"varint,4,opt,name=whole,proto3" json:"whole,omitempty"`
+	Orders []*Order `protobuf:"bytes,5,rep,name=orders,proto3" json:"orders,omitempty"`
+	// Pods about which there is no order any more.
+	Gone []string `protobuf:"bytes,6,rep,name=gone,proto3" json:"gone,omitempty"`
+	// The number with which the decisions became what they are: agents are told this one.
+	Decided       uint64 `protobuf:"varint,7,opt,name=decided,proto3" json:"decided,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Orders) Reset() {
+	*x = Orders{}
+	mi := &file_api_mesh_v1_mesh_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Orders) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Orders) ProtoMessage() {}
+
+func (x *Orders) ProtoReflect() protoreflect.Message {
+	mi := &file_api_mesh_v1_mesh_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Orders.ProtoReflect.Descriptor instead.
+func (*Orders) Descriptor() ([]byte, []int) {
+	return file_api_mesh_v1_mesh_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *Orders) GetTerm() uint64 {
+	if x != nil {
+		return x.Term
+	}
+	return 0
+}
+
+func (x *Orders) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *Orders) GetCovers() map[string]uint64 {
+	if x != nil {
+		return x.Covers
+	}
+	return nil
+}
+
+func (x *Orders) GetWhole() bool {
+	if x != nil {
+		return x.Whole
+	}
+	return false
+}
+
+func (x *Orders) GetOrders() []*Order {
+	if x != nil {
+		return x.Orders
+	}
+	return nil
+}
+
+func (x *Orders) GetGone() []string {
+	if x != nil {
+		return x.Gone
+	}
+	return nil
+}
+
+func (x *Orders) GetDecided() uint64 {
+	if x != nil {
+		return x.Decided
+	}
+	return 0
+}
+
+// Order is the decision about one pod.
+type Order struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	Stage         Stage                  `protobuf:"varint,2,opt,name=stage,proto3,enum=weft.mesh.v1.Stage" json:"stage,omitempty"`
+	Mtls          bool                   `protobuf:"varint,3,opt,name=mtls,proto3" json:"mtls,omitempty"`
+	Lost          bool                   `protobuf:"varint,4,opt,name=lost,proto3" json:"lost,omitempty"`
+	Policy        string                 `protobuf:"bytes,5,opt,name=policy,proto3" json:"policy,omitempty"`
+	Moved         string                 `protobuf:"bytes,6,opt,name=moved,proto3" json:"moved,omitempty"`
+	Proxy         uint32                 `protobuf:"varint,7,opt,name=proxy,proto3" json:"proxy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Order) Reset() {
+	*x = Order{}
+	mi := &file_api_mesh_v1_mesh_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Order) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Order) ProtoMessage() {}
+
+func (x *Order) ProtoReflect() protoreflect.Message {
+	mi := &file_api_mesh_v1_mesh_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Order.ProtoReflect.Descriptor instead.
+func (*Order) Descriptor() ([]byte, []int) {
+	return file_api_mesh_v1_mesh_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *Order) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *Order) GetStage() Stage {
+	if x != nil {
+		return x.Stage
+	}
+	return Stage_STAGE_OUT
+}
+
+func (x *Order) GetMtls() bool {
+	if x != nil {
+		return x.Mtls
+	}
+	return false
+}
+
+func (x *Order) GetLost() bool {
+	if x != nil {
+		return x.Lost
+	}
+	return false
+}
+
+func (x *Order) GetPolicy() string {
+	if x != nil {
+		return x.Policy
+	}
+	return ""
+}
+
+func (x *Order) GetMoved() string {
+	if x != nil {
+		return x.Moved
+	}
+	return ""
+}
+
+func (x *Order) GetProxy() uint32 {
+	if x != nil {
+		return x.Proxy
+	}
+	return 0
 }
 
 var File_api_mesh_v1_mesh_proto protoreflect.FileDescriptor
 
 const file_api_mesh_v1_mesh_proto_rawDesc = "" +
 	"\n" +
-	"\x16api/mesh/v1/mesh.proto\x12\fweft.mesh.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd4\x01\n" +
+	"\x16api/mesh/v1/mesh.proto\x12\fweft.mesh.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x82\x02\n" +
 	"\x04Mesh\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x125\n" +
 	"\fdefault_mode\x18\x02 \x01(\x0e2\x12.weft.mesh.v1.ModeR\vdefaultMode\x12$\n" +
 	"\x0eforbid_opt_out\x18\x03 \x01(\bR\fforbidOptOut\x12\x1c\n" +
 	"\tuninstall\x18\x04 \x01(\bR\tuninstall\x12.\n" +
-	"\x13connections_per_pod\x18\x05 \x01(\rR\x11connectionsPerPod\"\x98\x01\n" +
+	"\x13connections_per_pod\x18\x05 \x01(\rR\x11connectionsPerPod\x12,\n" +
+	"\x12own_client_address\x18\x06 \x01(\bR\x10ownClientAddress\"\x98\x01\n" +
 	"\tNamespace\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05enrol\x18\x02 \x01(\bR\x05enrol\x12&\n" +
@@ -2220,7 +2842,7 @@ const file_api_mesh_v1_mesh_proto_rawDesc = "" +
 	"\x04node\x18\x04 \x01(\tR\x04node\x12\x1c\n" +
 	"\taddresses\x18\x05 \x03(\fR\taddresses\x12\x1b\n" +
 	"\tspiffe_id\x18\x06 \x01(\tR\bspiffeId\x12\x12\n" +
-	"\x04mtls\x18\a \x01(\bR\x04mtls\"\xb7\x03\n" +
+	"\x04mtls\x18\a \x01(\bR\x04mtls\"\xd3\x03\n" +
 	"\bLocalPod\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
@@ -2236,7 +2858,8 @@ const file_api_mesh_v1_mesh_proto_rawDesc = "" +
 	" \x03(\rR\x10serverFirstPorts\x12\x16\n" +
 	"\x06strict\x18\v \x01(\bR\x06strict\x12\x1c\n" +
 	"\taddresses\x18\f \x03(\fR\taddresses\x12!\n" +
-	"\fmoved_policy\x18\r \x01(\tR\vmovedPolicy\"|\n" +
+	"\fmoved_policy\x18\r \x01(\tR\vmovedPolicy\x12\x1a\n" +
+	"\bshortcut\x18\x0e \x01(\bR\bshortcut\"|\n" +
 	"\rInboundPolicy\x12;\n" +
 	"\fdefault_port\x18\x01 \x01(\v2\x18.weft.mesh.v1.PortPolicyR\vdefaultPort\x12.\n" +
 	"\x05ports\x18\x02 \x03(\v2\x18.weft.mesh.v1.PortPolicyR\x05ports\"\xd0\x02\n" +
@@ -2299,12 +2922,13 @@ const file_api_mesh_v1_mesh_proto_rawDesc = "" +
 	"\x03pod\x18\x02 \x01(\v2\x17.weft.mesh.v1.PodReportH\x00R\x03pod\x12.\n" +
 	"\x06synced\x18\x03 \x01(\v2\x14.weft.mesh.v1.SyncedH\x00R\x06synced\x122\n" +
 	"\x06health\x18\x04 \x01(\v2\x18.weft.mesh.v1.NodeHealthH\x00R\x06healthB\x06\n" +
-	"\x04kind\"N\n" +
+	"\x04kind\"f\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x17\n" +
 	"\aboot_id\x18\x02 \x01(\tR\x06bootId\x12\x18\n" +
-	"\aversion\x18\x03 \x01(\tR\aversion\"\b\n" +
-	"\x06Synced\"\xda\x03\n" +
+	"\aversion\x18\x03 \x01(\tR\aversion\x12\x16\n" +
+	"\x06opened\x18\x04 \x01(\x04R\x06opened\"\b\n" +
+	"\x06Synced\"\xcc\x04\n" +
 	"\tPodReport\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x18\n" +
 	"\asandbox\x18\x02 \x01(\tR\asandbox\x12!\n" +
@@ -2319,7 +2943,10 @@ const file_api_mesh_v1_mesh_proto_rawDesc = "" +
 	" \x01(\v2\x19.google.protobuf.DurationR\x04took\x12%\n" +
 	"\x0esettled_policy\x18\v \x01(\tR\rsettledPolicy\x12'\n" +
 	"\x0fpolicy_problems\x18\f \x03(\tR\x0epolicyProblems\x12\x18\n" +
-	"\arefused\x18\r \x01(\tR\arefused\"\xc5\x01\n" +
+	"\arefused\x18\r \x01(\tR\arefused\x12)\n" +
+	"\x10proxy_generation\x18\x0e \x01(\rR\x0fproxyGeneration\x12\x1a\n" +
+	"\bshortcut\x18\x0f \x01(\bR\bshortcut\x12)\n" +
+	"\x10shortcut_refused\x18\x10 \x01(\tR\x0fshortcutRefused\"\xc5\x01\n" +
 	"\n" +
 	"NodeHealth\x12\x1d\n" +
 	"\n" +
@@ -2327,9 +2954,50 @@ const file_api_mesh_v1_mesh_proto_rawDesc = "" +
 	"\rproxy_version\x18\x02 \x01(\tR\fproxyVersion\x12%\n" +
 	"\x0eproxy_restarts\x18\x03 \x01(\rR\rproxyRestarts\x12)\n" +
 	"\x10refused_services\x18\x04 \x03(\tR\x0frefusedServices\x12!\n" +
-	"\ftrust_bundle\x18\x05 \x01(\tR\vtrustBundle\"#\n" +
-	"\tReportAck\x12\x16\n" +
-	"\x06leader\x18\x01 \x01(\tR\x06leader*B\n" +
+	"\ftrust_bundle\x18\x05 \x01(\tR\vtrustBundle\"\x19\n" +
+	"\tReportAckJ\x04\b\x01\x10\x02R\x06leader\"\xc6\x01\n" +
+	"\tFollowing\x12\x14\n" +
+	"\x04name\x18\x01 \x01(\tH\x00R\x04name\x12\x18\n" +
+	"\x06served\x18\x02 \x01(\x04H\x00R\x06served\x125\n" +
+	"\aanswers\x18\x03 \x01(\v2\x19.weft.mesh.v1.NodeAnswersH\x00R\aanswers\x12\x14\n" +
+	"\x04gone\x18\x04 \x01(\tH\x00R\x04gone\x124\n" +
+	"\x06report\x18\x05 \x01(\v2\x1a.weft.mesh.v1.PassedReportH\x00R\x06reportB\x06\n" +
+	"\x04kind\"\xd6\x01\n" +
+	"\vNodeAnswers\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x16\n" +
+	"\x06number\x18\x02 \x01(\x04R\x06number\x12\x18\n" +
+	"\ajoining\x18\x03 \x01(\bR\ajoining\x12.\n" +
+	"\x04open\x18\x04 \x03(\v2\x1a.weft.mesh.v1.ResourceNameR\x04open\x129\n" +
+	"\brefusals\x18\x05 \x03(\v2\x1d.weft.mesh.v1.RefusedResourceR\brefusals\x12\x16\n" +
+	"\x06routes\x18\x06 \x03(\tR\x06routes\"=\n" +
+	"\fResourceName\x12\x19\n" +
+	"\btype_url\x18\x01 \x01(\tR\atypeUrl\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"]\n" +
+	"\x0fRefusedResource\x126\n" +
+	"\bresource\x18\x01 \x01(\v2\x1a.weft.mesh.v1.ResourceNameR\bresource\x12\x12\n" +
+	"\x04text\x18\x02 \x01(\tR\x04text\"T\n" +
+	"\fPassedReport\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x120\n" +
+	"\x06report\x18\x02 \x01(\v2\x18.weft.mesh.v1.NodeReportR\x06report\"\x9a\x02\n" +
+	"\x06Orders\x12\x12\n" +
+	"\x04term\x18\x01 \x01(\x04R\x04term\x12\x16\n" +
+	"\x06number\x18\x02 \x01(\x04R\x06number\x128\n" +
+	"\x06covers\x18\x03 \x03(\v2 .weft.mesh.v1.Orders.CoversEntryR\x06covers\x12\x14\n" +
+	"\x05whole\x18\x04 \x01(\bR\x05whole\x12+\n" +
+	"\x06orders\x18\x05 \x03(\v2\x13.weft.mesh.v1.OrderR\x06orders\x12\x12\n" +
+	"\x04gone\x18\x06 \x03(\tR\x04gone\x12\x18\n" +
+	"\adecided\x18\a \x01(\x04R\adecided\x1a9\n" +
+	"\vCoversEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\xb0\x01\n" +
+	"\x05Order\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12)\n" +
+	"\x05stage\x18\x02 \x01(\x0e2\x13.weft.mesh.v1.StageR\x05stage\x12\x12\n" +
+	"\x04mtls\x18\x03 \x01(\bR\x04mtls\x12\x12\n" +
+	"\x04lost\x18\x04 \x01(\bR\x04lost\x12\x16\n" +
+	"\x06policy\x18\x05 \x01(\tR\x06policy\x12\x14\n" +
+	"\x05moved\x18\x06 \x01(\tR\x05moved\x12\x14\n" +
+	"\x05proxy\x18\a \x01(\rR\x05proxy*B\n" +
 	"\x04Mode\x12\x14\n" +
 	"\x10MODE_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fMODE_PERMISSIVE\x10\x01\x12\x0f\n" +
@@ -2364,7 +3032,9 @@ const file_api_mesh_v1_mesh_proto_rawDesc = "" +
 	"\x04Sign\x12\x19.weft.mesh.v1.SignRequest\x1a\x19.weft.mesh.v1.Credentials\x12B\n" +
 	"\x06Bundle\x12\x1b.weft.mesh.v1.BundleRequest\x1a\x19.weft.mesh.v1.TrustBundle0\x012J\n" +
 	"\aReports\x12?\n" +
-	"\x06Report\x12\x18.weft.mesh.v1.NodeReport\x1a\x17.weft.mesh.v1.ReportAck(\x010\x01B-Z+github.com/weftmesh/weft/api/mesh/v1;meshv1b\x06proto3"
+	"\x06Report\x12\x18.weft.mesh.v1.NodeReport\x1a\x17.weft.mesh.v1.ReportAck(\x010\x012G\n" +
+	"\bReplicas\x12;\n" +
+	"\x06Follow\x12\x17.weft.mesh.v1.Following\x1a\x14.weft.mesh.v1.Orders(\x010\x01B-Z+github.com/weftmesh/weft/api/mesh/v1;meshv1b\x06proto3"
 
 var (
 	file_api_mesh_v1_mesh_proto_rawDescOnce sync.Once
@@ -2379,7 +3049,7 @@ func file_api_mesh_v1_mesh_proto_rawDescGZIP() []byte {
 }
 
 var file_api_mesh_v1_mesh_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_api_mesh_v1_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_api_mesh_v1_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_api_mesh_v1_mesh_proto_goTypes = []any{
 	(Mode)(0),                     // 0: weft.mesh.v1.Mode
 	(Class)(0),                    // 1: weft.mesh.v1.Class
@@ -2410,8 +3080,16 @@ var file_api_mesh_v1_mesh_proto_goTypes = []any{
 	(*PodReport)(nil),             // 26: weft.mesh.v1.PodReport
 	(*NodeHealth)(nil),            // 27: weft.mesh.v1.NodeHealth
 	(*ReportAck)(nil),             // 28: weft.mesh.v1.ReportAck
-	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
+	(*Following)(nil),             // 29: weft.mesh.v1.Following
+	(*NodeAnswers)(nil),           // 30: weft.mesh.v1.NodeAnswers
+	(*ResourceName)(nil),          // 31: weft.mesh.v1.ResourceName
+	(*RefusedResource)(nil),       // 32: weft.mesh.v1.RefusedResource
+	(*PassedReport)(nil),          // 33: weft.mesh.v1.PassedReport
+	(*Orders)(nil),                // 34: weft.mesh.v1.Orders
+	(*Order)(nil),                 // 35: weft.mesh.v1.Order
+	nil,                           // 36: weft.mesh.v1.Orders.CoversEntry
+	(*timestamppb.Timestamp)(nil), // 37: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 38: google.protobuf.Duration
 }
 var file_api_mesh_v1_mesh_proto_depIdxs = []int32{
 	0,  // 0: weft.mesh.v1.Mesh.default_mode:type_name -> weft.mesh.v1.Mode
@@ -2431,26 +3109,37 @@ var file_api_mesh_v1_mesh_proto_depIdxs = []int32{
 	16, // 14: weft.mesh.v1.Request.paths:type_name -> weft.mesh.v1.StringMatch
 	17, // 15: weft.mesh.v1.Request.headers:type_name -> weft.mesh.v1.HeaderMatch
 	16, // 16: weft.mesh.v1.HeaderMatch.value:type_name -> weft.mesh.v1.StringMatch
-	29, // 17: weft.mesh.v1.Credentials.not_after:type_name -> google.protobuf.Timestamp
+	37, // 17: weft.mesh.v1.Credentials.not_after:type_name -> google.protobuf.Timestamp
 	24, // 18: weft.mesh.v1.NodeReport.hello:type_name -> weft.mesh.v1.Hello
 	26, // 19: weft.mesh.v1.NodeReport.pod:type_name -> weft.mesh.v1.PodReport
 	25, // 20: weft.mesh.v1.NodeReport.synced:type_name -> weft.mesh.v1.Synced
 	27, // 21: weft.mesh.v1.NodeReport.health:type_name -> weft.mesh.v1.NodeHealth
 	4,  // 22: weft.mesh.v1.PodReport.state:type_name -> weft.mesh.v1.PodState
-	30, // 23: weft.mesh.v1.PodReport.took:type_name -> google.protobuf.Duration
-	18, // 24: weft.mesh.v1.Identity.Bootstrap:input_type -> weft.mesh.v1.BootstrapRequest
-	19, // 25: weft.mesh.v1.Identity.Sign:input_type -> weft.mesh.v1.SignRequest
-	21, // 26: weft.mesh.v1.Identity.Bundle:input_type -> weft.mesh.v1.BundleRequest
-	23, // 27: weft.mesh.v1.Reports.Report:input_type -> weft.mesh.v1.NodeReport
-	20, // 28: weft.mesh.v1.Identity.Bootstrap:output_type -> weft.mesh.v1.Credentials
-	20, // 29: weft.mesh.v1.Identity.Sign:output_type -> weft.mesh.v1.Credentials
-	22, // 30: weft.mesh.v1.Identity.Bundle:output_type -> weft.mesh.v1.TrustBundle
-	28, // 31: weft.mesh.v1.Reports.Report:output_type -> weft.mesh.v1.ReportAck
-	28, // [28:32] is the sub-list for method output_type
-	24, // [24:28] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	38, // 23: weft.mesh.v1.PodReport.took:type_name -> google.protobuf.Duration
+	30, // 24: weft.mesh.v1.Following.answers:type_name -> weft.mesh.v1.NodeAnswers
+	33, // 25: weft.mesh.v1.Following.report:type_name -> weft.mesh.v1.PassedReport
+	31, // 26: weft.mesh.v1.NodeAnswers.open:type_name -> weft.mesh.v1.ResourceName
+	32, // 27: weft.mesh.v1.NodeAnswers.refusals:type_name -> weft.mesh.v1.RefusedResource
+	31, // 28: weft.mesh.v1.RefusedResource.resource:type_name -> weft.mesh.v1.ResourceName
+	23, // 29: weft.mesh.v1.PassedReport.report:type_name -> weft.mesh.v1.NodeReport
+	36, // 30: weft.mesh.v1.Orders.covers:type_name -> weft.mesh.v1.Orders.CoversEntry
+	35, // 31: weft.mesh.v1.Orders.orders:type_name -> weft.mesh.v1.Order
+	3,  // 32: weft.mesh.v1.Order.stage:type_name -> weft.mesh.v1.Stage
+	18, // 33: weft.mesh.v1.Identity.Bootstrap:input_type -> weft.mesh.v1.BootstrapRequest
+	19, // 34: weft.mesh.v1.Identity.Sign:input_type -> weft.mesh.v1.SignRequest
+	21, // 35: weft.mesh.v1.Identity.Bundle:input_type -> weft.mesh.v1.BundleRequest
+	23, // 36: weft.mesh.v1.Reports.Report:input_type -> weft.mesh.v1.NodeReport
+	29, // 37: weft.mesh.v1.Replicas.Follow:input_type -> weft.mesh.v1.Following
+	20, // 38: weft.mesh.v1.Identity.Bootstrap:output_type -> weft.mesh.v1.Credentials
+	20, // 39: weft.mesh.v1.Identity.Sign:output_type -> weft.mesh.v1.Credentials
+	22, // 40: weft.mesh.v1.Identity.Bundle:output_type -> weft.mesh.v1.TrustBundle
+	28, // 41: weft.mesh.v1.Reports.Report:output_type -> weft.mesh.v1.ReportAck
+	34, // 42: weft.mesh.v1.Replicas.Follow:output_type -> weft.mesh.v1.Orders
+	38, // [38:43] is the sub-list for method output_type
+	33, // [33:38] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_api_mesh_v1_mesh_proto_init() }
@@ -2477,15 +3166,22 @@ func file_api_mesh_v1_mesh_proto_init() {
 		(*NodeReport_Synced)(nil),
 		(*NodeReport_Health)(nil),
 	}
+	file_api_mesh_v1_mesh_proto_msgTypes[24].OneofWrappers = []any{
+		(*Following_Name)(nil),
+		(*Following_Served)(nil),
+		(*Following_Answers)(nil),
+		(*Following_Gone)(nil),
+		(*Following_Report)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_mesh_v1_mesh_proto_rawDesc), len(file_api_mesh_v1_mesh_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   24,
+			NumMessages:   32,
 			NumExtensions: 0,
-			NumServices:   2,
+			NumServices:   3,
 		},
 		GoTypes:           file_api_mesh_v1_mesh_proto_goTypes,
 		DependencyIndexes: file_api_mesh_v1_mesh_proto_depIdxs,

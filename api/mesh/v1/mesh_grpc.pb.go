@@ -321,3 +321,107 @@ var Reports_ServiceDesc = grpc.ServiceDesc{
 	},
 	Metadata: "api/mesh/v1/mesh.proto",
 }
+
+const (
+	Replicas_Follow_FullMethodName = "/weft.mesh.v1.Replicas/Follow"
+)
+
+// ReplicasClient is the client API for Replicas service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Replicas is what the controller's replicas say to each other (docs/adr/0007-replicas.md). Only a replica may call it.
+type ReplicasClient interface {
+	// Follow: a replica that does not lead says what it knows of its agents, the leader gives its orders.
+	// FAILED_PRECONDITION: the called replica does not lead.
+	Follow(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[Following, Orders], error)
+}
+
+type replicasClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewReplicasClient(cc grpc.ClientConnInterface) ReplicasClient {
+	return &replicasClient{cc}
+}
+
+func (c *replicasClient) Follow(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[Following, Orders], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Replicas_ServiceDesc.Streams[0], Replicas_Follow_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[Following, Orders]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Replicas_FollowClient = grpc.BidiStreamingClient[Following, Orders]
+
+// ReplicasServer is the server API for Replicas service.
+// All implementations must embed UnimplementedReplicasServer
+// for forward compatibility.
+//
+// Replicas is what the controller's replicas say to each other (docs/adr/0007-replicas.md). Only a replica may call it.
+type ReplicasServer interface {
+	// Follow: a replica that does not lead says what it knows of its agents, the leader gives its orders.
+	// FAILED_PRECONDITION: the called replica does not lead.
+	Follow(grpc.BidiStreamingServer[Following, Orders]) error
+	mustEmbedUnimplementedReplicasServer()
+}
+
+// UnimplementedReplicasServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedReplicasServer struct{}
+
+func (UnimplementedReplicasServer) Follow(grpc.BidiStreamingServer[Following, Orders]) error {
+	return status.Error(codes.Unimplemented, "method Follow not implemented")
+}
+func (UnimplementedReplicasServer) mustEmbedUnimplementedReplicasServer() {}
+func (UnimplementedReplicasServer) testEmbeddedByValue()                  {}
+
+// UnsafeReplicasServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to ReplicasServer will
+// result in compilation errors.
+type UnsafeReplicasServer interface {
+	mustEmbedUnimplementedReplicasServer()
+}
+
+func RegisterReplicasServer(s grpc.ServiceRegistrar, srv ReplicasServer) {
+	// If the following call panics, it indicates UnimplementedReplicasServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Replicas_ServiceDesc, srv)
+}
+
+func _Replicas_Follow_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(ReplicasServer).Follow(&grpc.GenericServerStream[Following, Orders]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Replicas_FollowServer = grpc.BidiStreamingServer[Following, Orders]
+
+// Replicas_ServiceDesc is the grpc.ServiceDesc for Replicas service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Replicas_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "weft.mesh.v1.Replicas",
+	HandlerType: (*ReplicasServer)(nil),
+	Methods:     []grpc.MethodDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Follow",
+			Handler:       _Replicas_Follow_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
+		},
+	},
+	Metadata: "api/mesh/v1/mesh.proto",
+}

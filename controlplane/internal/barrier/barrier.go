@@ -27,6 +27,8 @@ type View struct {
 	Synced map[string]bool
 	// Answered is the newest generation that every node has answered with all before it.
 	Answered uint64
+	// Nodes that are connected, with the newest generation that each has answered.
+	Nodes map[string]uint64
 }
 
 // Barrier remembers how far each pod has come. Not safe for concurrent use.
@@ -39,10 +41,12 @@ type pod struct {
 	// published is the generation with which MTLS as it is now reached the nodes, policyPublished the one with which Policy
 	// became the generation of the pod's endpoints; 0: it is in none yet.
 	published, policyPublished uint64
-	heard                      bool // its node has spoken of it
-	enforced                   bool // has been enforced in this sandbox
-	seeded                     bool // by the controller before this one
-	sandbox                    string
+	// stagePublished is that of the order into capture.
+	stagePublished uint64
+	heard          bool // its node has spoken of it
+	enforced       bool // has been enforced in this sandbox
+	seeded         bool // by the controller before this one
+	sandbox        string
 }
 
 // New makes a Barrier; seed holds the decisions of a controller before this one, as the pods' conditions tell. They hold
@@ -72,6 +76,9 @@ func (b *Barrier) Published(generation uint64) {
 		}
 		if p.policyPublished == 0 {
 			p.policyPublished = generation
+		}
+		if p.stagePublished == 0 {
+			p.stagePublished = generation
 		}
 	}
 }
@@ -103,7 +110,7 @@ func (b *Barrier) Step(v View) bool {
 		} else if v.Synced[target.Node] {
 			p.lose()
 		}
-		p.step(target.Goal, report, v.Answered)
+		p.step(target.Goal, report, v.Answered, v.Nodes[target.Node])
 		if target.Goal == ir.Out && p.Stage == ir.Out && !p.MTLS && !captured(report) {
 			delete(b.pods, uid)
 			continue
@@ -149,6 +156,9 @@ func (p *pod) follow(r *meshv1.PodReport, goal ir.Stage) {
 	if (r.State == meshv1.PodState_POD_STATE_PREPARING || r.State == meshv1.PodState_POD_STATE_FAILED) && !r.StartedUnheld && !p.MTLS {
 		p.Lost = true // a pod that is held will enforce at once: no plaintext to it meanwhile if it is Strict
 	}
+	if captured(r) {
+		p.Proxy = r.ProxyGeneration
+	}
 	p.heard = true
 }
 
@@ -175,7 +185,8 @@ func (p *pod) setPolicy(hash string) {
 	}
 }
 
-func (p *pod) step(goal ir.Stage, r *meshv1.PodReport, answered uint64) {
+// step goes on; answered is what all nodes have answered, own what the pod's own has.
+func (p *pod) step(goal ir.Stage, r *meshv1.PodReport, answered, own uint64) {
 	agreed := p.published != 0 && p.published <= answered
 	if p.MTLS && agreed && p.policyPublished != 0 && p.policyPublished <= answered {
 		p.Moved = p.Policy
@@ -199,7 +210,11 @@ func (p *pod) step(goal ir.Stage, r *meshv1.PodReport, answered uint64) {
 		return
 	}
 	if p.Stage == ir.Out {
-		p.Stage = ir.Captured
+		p.Stage, p.stagePublished = ir.Captured, 0
+	}
+	// Until the pod's node has answered the order, its report may be older than an order to leave that is still on its way.
+	if r.GetState() == meshv1.PodState_POD_STATE_CAPTURED && !p.MTLS && (p.stagePublished == 0 || p.stagePublished > own) {
+		return
 	}
 	if captured(r) && !p.MTLS {
 		p.setMTLS(true)

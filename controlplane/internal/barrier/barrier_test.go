@@ -27,7 +27,7 @@ type world struct {
 func (w *world) step() resolve.Decision {
 	v := View{
 		Pods:    map[string]*ir.Pod{uid: {UID: uid, Node: "n1", Goal: w.goal}},
-		Reports: Reports{}, Synced: map[string]bool{"n1": true}, Answered: w.answered,
+		Reports: Reports{}, Synced: map[string]bool{"n1": true}, Answered: w.answered, Nodes: map[string]uint64{"n1": w.answered},
 	}
 	if w.silent {
 		v.Synced = nil
@@ -98,6 +98,29 @@ func TestEnrolmentAndWithdrawalGoStepByStep(t *testing.T) {
 		if got := w.step(); got != s.want {
 			t.Fatalf("%s: %+v, want %+v", s.name, got, s.want)
 		}
+	}
+}
+
+// TestAnOrderToLeaveMayBeOnItsWay: a pod that is to be in again is not spoken mTLS to on the word of a report that may be older
+// than what its node does now.
+func TestAnOrderToLeaveMayBeOnItsWay(t *testing.T) {
+	w := &world{barrier: New(map[string]resolve.Decision{uid: {Stage: ir.Captured}}), goal: ir.Out}
+	w.says(meshv1.PodState_POD_STATE_CAPTURED)
+	w.step()
+	w.answered = w.generation
+	if got := w.step(); got.Stage != ir.Out {
+		t.Fatalf("it is to leave: %+v", got)
+	}
+	w.goal = ir.Enforced // before the node has said that it left
+	if got := w.step(); got != (resolve.Decision{Stage: ir.Captured}) {
+		t.Errorf("it is to be in again: %+v", got)
+	}
+	if got := w.step(); got.MTLS {
+		t.Errorf("its node may leave yet: %+v", got)
+	}
+	w.answered = w.generation
+	if got := w.step(); !got.MTLS {
+		t.Errorf("its node has answered the order to stay: %+v", got)
 	}
 }
 

@@ -54,6 +54,7 @@ var leaves = []happening{
 	{"gone from the kernel", runs(out), resolve.Decision{}},
 	{"it is to be in again", join, plain},
 	{"it prepares as it runs: plaintext goes on", runs(preparing), plain},
+	{"its node has answered", answer, plain},
 	{"captured: peers are told", runs(permits), resolve.Decision{Stage: ir.Captured, MTLS: true}},
 	{"all have answered", answer, resolve.Decision{Stage: ir.Enforced, MTLS: true}},
 }

@@ -37,11 +37,13 @@ import (
 const (
 	secretName = "weft-ca"
 	// DefaultTTL is an SVID's life; agents renew at half of it. Callees cut connections at 40 % of it, and callers replace
-	// theirs after 5 minutes: with less than MinTTL a request could be cut. One that lives longer than MaxTTL outlives what it
-	// was issued for by too much.
+	// theirs after a third at the latest: what is left of MinTTL is enough for common requests. One that lives longer than MaxTTL
+	// outlives what it was issued for by too much.
 	DefaultTTL = time.Hour
-	MinTTL     = 15 * time.Minute
+	MinTTL     = time.Minute
 	MaxTTL     = 7 * 24 * time.Hour
+	// DefaultMountDelay is what kubelet takes at most by default, with a margin.
+	DefaultMountDelay = 3 * time.Minute
 	// cacheWait is how long a request for a pod that is not in the cache yet waits.
 	cacheWait = 2 * time.Second
 )
@@ -53,6 +55,8 @@ type Config struct {
 	Namespace   string
 	TrustDomain string
 	TTL         time.Duration
+	// MountDelay is how long kubelet may take to bring the ConfigMap to an agent that is only starting; 0: DefaultMountDelay.
+	MountDelay time.Duration
 	// Snapshot returns the current snapshot and a channel that is closed when there is a newer one; nil: none yet.
 	Snapshot func() (*ir.Snapshot, <-chan struct{})
 	// Behind lists the connected nodes that have not acknowledged the bundle of a hash (TrustBundle.hash).
@@ -78,6 +82,9 @@ type Authority struct {
 func Open(ctx context.Context, c Config) (*Authority, error) {
 	if c.TTL == 0 {
 		c.TTL = DefaultTTL
+	}
+	if c.MountDelay == 0 {
+		c.MountDelay = DefaultMountDelay
 	}
 	if c.TTL < MinTTL || c.TTL > MaxTTL {
 		return nil, fmt.Errorf("open certificate authority: SVIDs cannot live for %s: set --svid-ttl (chart value controlplane.svidTTL) between %s and %s", c.TTL, MinTTL, MaxTTL)
@@ -111,9 +118,6 @@ func Open(ctx context.Context, c Config) (*Authority, error) {
 		return nil, fmt.Errorf("Secret %s/%s: %w; restore it from a backup, or delete it and restart every agent to begin with a new root", c.Namespace, secretName, err)
 	}
 	a.roots = now.roots
-	if err := a.publish(ctx); err != nil {
-		return nil, err
-	}
 	return a, nil
 }
 
@@ -190,16 +194,12 @@ func (a *Authority) serverCertificate(now time.Time) (*tls.Certificate, error) {
 	if a.server != nil && now.Before(a.server.Leaf.NotAfter.Add(-a.config.TTL/2)) {
 		return a.server, nil
 	}
-	id, err := spiffeid.FromPath(a.domain, "/ns/"+a.config.Namespace+"/sa/"+names.ControlPlaneServiceAccount)
-	if err != nil {
-		return nil, fmt.Errorf("make server certificate: %w", err)
-	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("make server key: %w", err)
 	}
 	host := "weft-controlplane." + a.config.Namespace
-	leaf, err := a.roots[0].Issue(id, key.Public(), a.config.TTL, now, host, host+".svc")
+	leaf, err := a.roots[0].Issue(a.id(), key.Public(), a.config.TTL, now, host, host+".svc")
 	if err != nil {
 		return nil, err
 	}
@@ -207,24 +207,79 @@ func (a *Authority) serverCertificate(now time.Time) (*tls.Certificate, error) {
 	return a.server, nil
 }
 
+// PeerTLS is for calls to another replica: both show the SVID of the controller's own account.
+func (a *Authority) PeerTLS() *tls.Config {
+	return &tls.Config{
+		MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"},
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			return a.serverCertificate(a.config.Now())
+		},
+		// The SPIFFE ID is what is verified, not a host name; VerifyConnection does all of it.
+		InsecureSkipVerify: true, //nolint:gosec
+		VerifyConnection: func(s tls.ConnectionState) error {
+			if len(s.PeerCertificates) == 0 {
+				return errors.New("the other replica shows no certificate")
+			}
+			leaf := s.PeerCertificates[0]
+			if _, err := leaf.Verify(x509.VerifyOptions{Roots: a.pool(), CurrentTime: a.config.Now(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}); err != nil {
+				return fmt.Errorf("the other replica's certificate is not of this mesh: %w", err)
+			}
+			return a.replica(leaf)
+		},
+	}
+}
+
+// Replica says no to a caller that is no replica of the controller.
+func (a *Authority) Replica(ctx context.Context) error {
+	leaf, err := caller(ctx)
+	if err != nil {
+		return err
+	}
+	return a.replica(leaf)
+}
+
+func (a *Authority) replica(leaf *x509.Certificate) error {
+	if len(leaf.URIs) != 1 || leaf.URIs[0].String() != a.id().String() {
+		return fmt.Errorf("%v is not the controller", leaf.URIs)
+	}
+	if ended := leaf.NotAfter; a.config.Now().After(ended) {
+		return fmt.Errorf("the caller's SVID ended at %s", ended.Format(time.RFC3339))
+	}
+	return nil
+}
+
+// id is the controller's own.
+func (a *Authority) id() spiffeid.ID {
+	return spiffeid.RequireFromPath(a.domain, "/ns/"+a.config.Namespace+"/sa/"+names.ControlPlaneServiceAccount)
+}
+
+// caller is the certificate that a call was made with.
+func caller(ctx context.Context) (*x509.Certificate, error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil, errors.New("the caller is unknown")
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok || len(info.State.VerifiedChains) == 0 || len(info.State.PeerCertificates[0].URIs) != 1 {
+		return nil, errors.New("the caller has no agent SVID: call Bootstrap first")
+	}
+	return info.State.PeerCertificates[0], nil
+}
+
 const agentPath = "/agent/"
 
 // Node tells which node's agent calls, by its SVID.
 func (a *Authority) Node(ctx context.Context) (string, error) {
-	p, ok := peer.FromContext(ctx)
-	if !ok {
-		return "", errors.New("the caller is unknown")
+	leaf, err := caller(ctx)
+	if err != nil {
+		return "", err
 	}
-	info, ok := p.AuthInfo.(credentials.TLSInfo)
-	if !ok || len(info.State.VerifiedChains) == 0 || len(info.State.PeerCertificates[0].URIs) != 1 {
-		return "", errors.New("the caller has no agent SVID: call Bootstrap first")
-	}
-	id, err := spiffeid.FromURI(info.State.PeerCertificates[0].URIs[0])
+	id, err := spiffeid.FromURI(leaf.URIs[0])
 	if err != nil {
 		return "", fmt.Errorf("read the caller's SVID: %w", err)
 	}
 	// A connection outlives the certificate that opened it.
-	if ended := info.State.PeerCertificates[0].NotAfter; a.config.Now().After(ended) {
+	if ended := leaf.NotAfter; a.config.Now().After(ended) {
 		return "", fmt.Errorf("the caller's SVID ended at %s: call Bootstrap again, and connect anew", ended.Format(time.RFC3339))
 	}
 	node, ok := strings.CutPrefix(id.Path(), agentPath)

@@ -303,6 +303,68 @@ func TestOnlyAgentsSign(t *testing.T) {
 	}
 }
 
+// TestOnlyReplicasAreReplicas: they know each other by the controller's own SVID, which nobody else gets.
+func TestOnlyReplicasAreReplicas(t *testing.T) {
+	c := clients(review())
+	one, other := open(t, c), open(t, c)
+	own, err := other.serverCertificate(time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := one.Replica(as(t, one, own.Certificate)); err != nil {
+		t.Errorf("another replica: %v", err)
+	}
+	workload, err := one.Sign(agent(t, one), &meshv1.SignRequest{Namespace: "shop", ServiceAccount: "web", Csr: csr(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreign := open(t, clients(review())) // of another mesh
+	theirs, err := foreign.serverCertificate(time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, ctx := range map[string]context.Context{"an agent": agent(t, one), "a workload": as(t, one, workload.Chain), "no connection": t.Context()} {
+		if one.Replica(ctx) == nil {
+			t.Errorf("%s passes as a replica", name)
+		}
+	}
+	shake := func(client, server *tls.Config) error {
+		listener, err := tls.Listen("tcp", "127.0.0.1:0", server)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer listener.Close()
+		go func() {
+			if c, err := listener.Accept(); err == nil {
+				_ = c.(*tls.Conn).Handshake()
+				t.Cleanup(func() { _ = c.Close() })
+			}
+		}()
+		c, err := tls.Dial("tcp", listener.Addr().String(), client)
+		if err == nil {
+			err = c.Close()
+		}
+		return err
+	}
+	if err := shake(one.PeerTLS(), other.TLS()); err != nil {
+		t.Errorf("two replicas: %v", err)
+	}
+	if err := shake(one.PeerTLS(), &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, Certificates: []tls.Certificate{*theirs}}); err == nil {
+		t.Error("the controller of another mesh passes as a replica")
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf, err := one.signer().Issue(one.domain.ID(), key.Public(), time.Hour, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := shake(one.PeerTLS(), &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, Certificates: []tls.Certificate{{Certificate: [][]byte{leaf.Raw}, PrivateKey: key}}}); err == nil {
+		t.Error("another identity of this mesh passes as a replica")
+	}
+}
+
 // A connection outlives the certificate that opened it; its agent's say ends with the certificate.
 func TestEndedAgentSignsNoMore(t *testing.T) {
 	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
@@ -328,6 +390,9 @@ func TestSecretIsMadeByCreateOnly(t *testing.T) {
 		if action.GetResource().Resource == "secrets" && action.GetVerb() != "create" && action.GetVerb() != "get" {
 			t.Errorf("Open does %s on the Secret", action.GetVerb())
 		}
+	}
+	if err := first.Publish(t.Context()); err != nil {
+		t.Fatal(err)
 	}
 	published, err := c.CoreV1().ConfigMaps(own).Get(t.Context(), names.BundleConfigMap, metav1.GetOptions{})
 	if err != nil || published.Data[names.BundleKey] != string(first.BundlePEM()) {

@@ -33,9 +33,7 @@ const (
 	rotationKey = "rotation"
 	// renewBefore is how long before its end a root is replaced.
 	renewBefore = rootLife / 5
-	// mountDelay is how long kubelet may take to bring the ConfigMap to an agent that is only starting, with a margin.
-	mountDelay = 3 * time.Minute
-	// lookEvery is how often the leader looks at the Secret: its right to it is by name, which admits no watch.
+	// lookEvery is how often a replica looks at the Secret: its right to it is by name, which admits no watch.
 	lookEvery = 10 * time.Second
 )
 
@@ -116,11 +114,31 @@ func (s stored) data() (map[string][]byte, error) {
 
 // Rotate changes the root when it grows old or when AnnotationRotate asks for it, until ctx ends. Only the leader calls it.
 func (a *Authority) Rotate(ctx context.Context) {
+	a.every(ctx, "root rotation step failed, trying again", a.step)
+}
+
+// Publish writes the bundle as the Secret has it now where agents mount it from. Only the leader calls it.
+func (a *Authority) Publish(ctx context.Context) error {
+	if _, _, err := a.look(ctx); err != nil {
+		return err
+	}
+	return a.publish(ctx)
+}
+
+// Follow takes over what the leader makes of the Secret, until ctx ends.
+func (a *Authority) Follow(ctx context.Context) {
+	a.every(ctx, "the CA Secret cannot be read, trying again", func(ctx context.Context) error {
+		_, _, err := a.look(ctx)
+		return err
+	})
+}
+
+func (a *Authority) every(ctx context.Context, failed string, do func(context.Context) error) {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
 	for {
-		if err := a.step(ctx); err != nil && ctx.Err() == nil {
-			a.config.Log.Warn("root rotation step failed, trying again", "error", err)
+		if err := do(ctx); err != nil && ctx.Err() == nil {
+			a.config.Log.Warn(failed, "error", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -130,20 +148,29 @@ func (a *Authority) Rotate(ctx context.Context) {
 	}
 }
 
-// step takes over what the Secret holds, and goes at most one phase on.
-func (a *Authority) step(ctx context.Context) error {
+// look takes over what the Secret holds.
+func (a *Authority) look(ctx context.Context) (*corev1.Secret, stored, error) {
 	secret, err := a.config.Client.CoreV1().Secrets(a.config.Namespace).Get(ctx, secretName, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
-		return fmt.Errorf("read Secret %s/%s: it was deleted; restore it from a backup, or restart the controller and then every agent to begin with a new root", a.config.Namespace, secretName)
+		return nil, stored{}, fmt.Errorf("read Secret %s/%s: it was deleted; restore it from a backup, or restart the controller and then every agent to begin with a new root", a.config.Namespace, secretName)
 	}
 	if err != nil {
-		return fmt.Errorf("read Secret %s/%s: %w", a.config.Namespace, secretName, err)
+		return nil, stored{}, fmt.Errorf("read Secret %s/%s: %w", a.config.Namespace, secretName, err)
 	}
 	now, err := read(secret)
 	if err != nil {
-		return fmt.Errorf("Secret %s/%s: %w; restore it from a backup", a.config.Namespace, secretName, err)
+		return nil, stored{}, fmt.Errorf("Secret %s/%s: %w; restore it from a backup", a.config.Namespace, secretName, err)
 	}
 	a.adopt(now.roots)
+	return secret, now, nil
+}
+
+// step takes over what the Secret holds, and goes at most one phase on.
+func (a *Authority) step(ctx context.Context) error {
+	secret, now, err := a.look(ctx)
+	if err != nil {
+		return err
+	}
 	if err := a.publish(ctx); err != nil {
 		return err
 	}
@@ -204,7 +231,7 @@ func (a *Authority) next(s stored, request string) (*stored, error) {
 		r.Phase = published
 		return &stored{s.roots, r}, nil
 	case published:
-		if now.Sub(s.rotation.Since) < mountDelay {
+		if now.Sub(s.rotation.Since) < a.config.MountDelay {
 			return nil, nil
 		}
 		if behind := a.config.Behind(hashOf(s.roots)); len(behind) > 0 {
@@ -215,7 +242,8 @@ func (a *Authority) next(s stored, request string) (*stored, error) {
 		// The old key has signed for the last time, so it is kept no longer.
 		return &stored{[]*Root{s.roots[1], {Certificate: s.roots[0].Certificate}}, r}, nil
 	case switched:
-		if now.Sub(s.rotation.Since) < s.rotation.TTL+backdate {
+		// Clocks that differ by more than a TTL would not get that far.
+		if now.Sub(s.rotation.Since) < s.rotation.TTL+min(backdate, s.rotation.TTL) {
 			return nil, nil
 		}
 		return &stored{s.roots[:1], rotation{Phase: idle, Since: now, Answered: r.Answered, TTL: r.TTL}}, nil

@@ -26,6 +26,8 @@ import (
 
 // plant is a controller with its API server, its clock, one connected node and one agent that only starts.
 type plant struct {
+	// other is a replica that does not lead.
+	other   *Authority
 	t       *testing.T
 	clients *fake.Clientset
 	now     time.Time
@@ -34,7 +36,7 @@ type plant struct {
 	reports *reports.Store
 	node    *node
 	deaf    bool
-	// mounted are the roots of a starting agent, as old as mountDelay allows.
+	// mounted are the roots of a starting agent, as old as DefaultMountDelay allows.
 	mounted *x509.CertPool
 	history []mount
 	// svids that have not ended.
@@ -175,7 +177,15 @@ func (p *plant) start() {
 	for {
 		a, err := Open(p.t.Context(), config)
 		if err == nil {
+			err = a.Publish(p.t.Context()) // as a leader that begins
+		}
+		if err == nil {
 			p.a = a
+			if p.other == nil {
+				if p.other, err = Open(p.t.Context(), config); err != nil {
+					p.t.Fatal(err)
+				}
+			}
 			p.connect()
 			return
 		}
@@ -202,18 +212,27 @@ func (p *plant) turn() {
 	}
 	p.history = append(p.history, mount{p.now, m.Data[names.BundleKey]})
 	for _, h := range p.history {
-		if p.mounted == nil || p.now.Sub(h.at) >= mountDelay-time.Minute {
+		if p.mounted == nil || p.now.Sub(h.at) >= DefaultMountDelay-time.Minute {
 			p.mounted = x509.NewCertPool()
 			p.mounted.AppendCertsFromPEM([]byte(h.roots))
 		}
+	}
+	// Another replica signs too, by what it read before this step.
+	late, err := p.other.signer().Issue(p.a.domain.ID(), p.key.Public(), p.a.config.TTL, p.now)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.verify(late, p.mounted, "a starting agent")
+	if _, _, err := p.other.look(p.t.Context()); err != nil {
+		p.t.Fatal(err)
 	}
 	leaf, err := p.a.signer().Issue(p.a.domain.ID(), p.key.Public(), p.a.config.TTL, p.now)
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	p.svids = append(slices.DeleteFunc(p.svids, func(c *x509.Certificate) bool { return p.now.After(c.NotAfter) }), leaf)
-	for _, c := range []*x509.Certificate{p.svids[0], leaf} { // the oldest and the newest
-		for name, pool := range map[string]*x509.CertPool{"the connected node": p.node.trusted, "the controller": p.a.pool()} {
+	p.svids = append(slices.DeleteFunc(p.svids, func(c *x509.Certificate) bool { return p.now.After(c.NotAfter) }), late, leaf)
+	for _, c := range []*x509.Certificate{p.svids[0], late, leaf} { // the oldest and the newest
+		for name, pool := range map[string]*x509.CertPool{"the connected node": p.node.trusted, "the controller": p.a.pool(), "another replica": p.other.pool()} {
 			p.verify(c, pool, name)
 		}
 	}
@@ -496,5 +515,22 @@ func TestRotationOutlastsLongerSVIDs(t *testing.T) {
 	p.until(idle)
 	if waited := p.now.Sub(begun); waited < 3*time.Hour {
 		t.Errorf("the old root went after %s", waited)
+	}
+}
+
+// TestOldRootGoes: a life after the last SVID that it can have signed, and as long again for clocks that differ, 5 minutes at most.
+func TestOldRootGoes(t *testing.T) {
+	p := newPlant(t)
+	roots := p.stored().roots
+	for life, after := range map[time.Duration]time.Duration{time.Minute: 2 * time.Minute, 5 * time.Minute: 10 * time.Minute, time.Hour: 65 * time.Minute} {
+		p.a.config.TTL = life
+		s := stored{[]*Root{roots[0], roots[0]}, rotation{Phase: switched, Since: p.now, TTL: life}}
+		for wait, gone := range map[time.Duration]bool{after - time.Second: false, after: true} {
+			p.now = s.rotation.Since.Add(wait)
+			next, err := p.a.next(s, "")
+			if err != nil || (next != nil) != gone || gone && (next.rotation.Phase != idle || len(next.roots) != 1) {
+				t.Errorf("SVIDs live for %s, after %s: %+v, %v, want the old root gone: %t", life, wait, next, err, gone)
+			}
+		}
 	}
 }

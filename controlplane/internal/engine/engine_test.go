@@ -13,7 +13,9 @@ import (
 	meshv1 "github.com/weftmesh/weft/api/mesh/v1"
 	"github.com/weftmesh/weft/api/names"
 	"github.com/weftmesh/weft/controlplane/internal/barrier"
+	"github.com/weftmesh/weft/controlplane/internal/epoch"
 	"github.com/weftmesh/weft/controlplane/internal/ir"
+	"github.com/weftmesh/weft/controlplane/internal/replica"
 	"github.com/weftmesh/weft/controlplane/internal/resolve"
 	"github.com/weftmesh/weft/controlplane/internal/serve"
 )
@@ -24,30 +26,49 @@ const deadline = 30 * time.Second
 type nodes struct {
 	events     []string
 	served     []*ir.Snapshot
+	marks      []epoch.Mark
+	given      []replica.Orders
 	generation uint64
 	answered   uint64
+	behind     bool // another replica serves nothing of it
 	reports    barrier.Reports
 	synced     map[string]bool
 	converged  int
 	picture    Picture
+	told       int
 }
 
 func (n *nodes) engine() *Engine {
 	n.reports, n.synced = barrier.Reports{}, map[string]bool{}
 	return New(Config{
-		Expect: func(l []string) { n.events = append(n.events, append([]string{"expect"}, l...)...) },
-		SetSnapshot: func(s *ir.Snapshot) uint64 {
-			n.events = append(n.events, "serve")
-			n.served = append(n.served, s)
-			n.generation++
-			return n.generation
-		},
-		Answered: func() uint64 { return n.answered },
-		State:    func() serve.State { return serve.State{} },
+		Server:   n,
+		Give:     func(o replica.Orders) { n.events, n.given = append(n.events, "give"), append(n.given, o) },
 		Reports:  func() (barrier.Reports, map[string]bool) { return n.reports, n.synced },
-		Status:   func(p Picture) { n.picture = p },
+		Status:   func(p Picture) { n.picture = p; n.told++ },
+		Served:   func(*ir.Snapshot) {},
 		Resolved: func(time.Duration) {}, Converged: func(time.Duration) { n.converged++ },
 	})
+}
+
+func (n *nodes) Expect(l []string) { n.events = append(n.events, append([]string{"expect"}, l...)...) }
+
+func (n *nodes) Set(v serve.Version) uint64 {
+	n.events = append(n.events, "serve")
+	n.served, n.marks = append(n.served, v.Snapshot), append(n.marks, v.Mark)
+	n.generation++
+	return n.generation
+}
+
+func (n *nodes) Advance(m epoch.Mark, _ uint64) { n.marks = append(n.marks, m) }
+func (n *nodes) Answered() uint64               { return n.answered }
+func (n *nodes) AnsweredBy() map[string]uint64  { return map[string]uint64{"n1": n.answered} }
+func (n *nodes) State() serve.State             { return serve.State{} }
+
+func (n *nodes) Served() uint64 {
+	if n.behind {
+		return 0
+	}
+	return n.generation
 }
 
 func (n *nodes) says(node, uid string, s meshv1.PodState) {
@@ -63,7 +84,7 @@ func condition(kind, reason, message string, s corev1.ConditionStatus) corev1.Po
 
 var (
 	enrolled = condition(names.ConditionEnrolled, "Captured", "", corev1.ConditionTrue)
-	enforced = condition(names.ConditionEnforced, "Enforced", InForce("00ff"), corev1.ConditionTrue)
+	enforced = condition(names.ConditionEnforced, "Enforced", InForce("00ff", 0), corev1.ConditionTrue)
 )
 
 // world is one pod on n1, in or not in the mesh by its label, with conditions that somebody has written.
@@ -87,12 +108,14 @@ func TestSeed(t *testing.T) {
 		{"enforced, in any order", []corev1.PodCondition{enforced, enrolled}, is},
 		{"its node was silent", []corev1.PodCondition{condition(names.ConditionEnrolled, "NotReported", "", corev1.ConditionUnknown),
 			condition(names.ConditionEnforced, "NotReported", "", corev1.ConditionUnknown)}, resolve.Decision{Stage: ir.Enforced, MTLS: true}},
-		{"a newer policy was refused", []corev1.PodCondition{enrolled, condition(names.ConditionEnforced, ReasonRefused, InForce("00ff")+"; Envoy refused", corev1.ConditionFalse)}, is},
-		{"a port is closed", []corev1.PodCondition{enrolled, condition(names.ConditionEnforced, ReasonNotEnforceable, InForce("00ff"), corev1.ConditionFalse)}, is},
+		{"a newer policy was refused", []corev1.PodCondition{enrolled, condition(names.ConditionEnforced, ReasonRefused, InForce("00ff", 0)+"; Envoy refused", corev1.ConditionFalse)}, is},
+		{"by another Envoy", []corev1.PodCondition{enrolled, condition(names.ConditionEnforced, "Enforced", InForce("00ff", 1), corev1.ConditionTrue)},
+			resolve.Decision{Stage: ir.Enforced, MTLS: true, Policy: "00ff", Proxy: 1}},
+		{"a port is closed", []corev1.PodCondition{enrolled, condition(names.ConditionEnforced, ReasonNotEnforceable, InForce("00ff", 0), corev1.ConditionFalse)}, is},
 		{"on its way", []corev1.PodCondition{enrolled, condition(names.ConditionEnforced, "Pending", "", corev1.ConditionFalse)}, resolve.Decision{Stage: ir.Captured}},
 		{"left", []corev1.PodCondition{condition(names.ConditionEnrolled, "Withdrawn", "", corev1.ConditionFalse)}, resolve.Decision{}},
 		{"another's condition", []corev1.PodCondition{condition("Ready", "", "", corev1.ConditionTrue)}, resolve.Decision{}},
-		{"a policy's name that is none", []corev1.PodCondition{condition(names.ConditionEnforced, "Enforced", InForce("x/../y"), corev1.ConditionTrue)}, resolve.Decision{Stage: ir.Enforced, MTLS: true}},
+		{"a policy's name that is none", []corev1.PodCondition{condition(names.ConditionEnforced, "Enforced", InForce("x/../y", 0), corev1.ConditionTrue)}, resolve.Decision{Stage: ir.Enforced, MTLS: true}},
 	} {
 		decisions, _ := seed(world(names.MeshEnabled, c.conditions...))
 		if decisions["u"] != c.want {
@@ -132,8 +155,8 @@ func TestAControllerThatStartsTakesNothingBack(t *testing.T) {
 	n := &nodes{}
 	e := n.engine()
 	var c crank
-	e.step(&c, world(names.MeshEnabled, enrolled, enforced))
-	if !slices.Equal(n.events, []string{"expect", "n1", "serve"}) {
+	e.lead(&c, world(names.MeshEnabled, enrolled, enforced), 1)
+	if !slices.Equal(n.events, []string{"expect", "n1", "give", "serve"}) {
 		t.Errorf("events %v: want the nodes expected first, then one snapshot", n.events)
 	}
 	if p := n.pod(); p.Stage != ir.Enforced || !p.MTLS || p.Goal != ir.Enforced {
@@ -145,12 +168,12 @@ func TestAControllerThatStartsTakesNothingBack(t *testing.T) {
 	// Its node is back and says the same: nothing moves, and no caller goes to new connections.
 	n.says("n1", "u", meshv1.PodState_POD_STATE_ENFORCED)
 	n.reports["n1"]["u"].InboundPolicy = "00ff"
-	e.step(&c, c.used)
+	e.lead(&c, c.used, 1)
 	if len(n.served) != 1 {
 		t.Errorf("served again: %+v", n.pod())
 	}
 	n.answered = n.generation
-	e.step(&c, c.used)
+	e.lead(&c, c.used, 1)
 	if p := n.pod(); p.Moved != "00ff" || n.converged != 1 {
 		t.Errorf("all have answered: %+v, %d generations converged", p, n.converged)
 	}
@@ -173,14 +196,14 @@ func TestForgedConditions(t *testing.T) {
 		e := n.engine()
 		var crank crank
 		in := world(c.label, enrolled, enforced)
-		e.step(&crank, in)
+		e.lead(&crank, in, 1)
 		n.says("n1", "u", c.state)
 		if c.state == meshv1.PodState_POD_STATE_UNSPECIFIED {
 			n.reports["n1"] = nil
 		}
 		for range 5 {
 			n.answered = n.generation
-			e.step(&crank, in)
+			e.lead(&crank, in, 1)
 		}
 		if p := n.pod(); p.MTLS || p.Stage != c.want || p.Moved != "" {
 			t.Errorf("%s: %+v, want stage %d and plaintext", c.name, p, c.want)
@@ -201,6 +224,7 @@ func TestATurnThatHangsShows(t *testing.T) {
 		t.Error("busy with nothing to do")
 	}
 	e.Input(*world(names.MeshEnabled))
+	e.Lead(1, true)
 	wait := func(what string, so func() bool) {
 		for !so() {
 			if ctx.Err() != nil {

@@ -1,9 +1,11 @@
 package engine
 
 import (
+	"fmt"
 	"maps"
 	"regexp"
 	"slices"
+	"strconv"
 
 	corev1 "k8s.io/api/core/v1"
 
@@ -18,11 +20,16 @@ const (
 	ReasonNotEnforceable = "NotEnforceable"
 )
 
-// InForce is how the message of weft.dev/Enforced names the policy that applies. The next controller reads it there, so
-// that it does not move every caller to new connections.
-func InForce(policy string) string { return "policy " + policy + " applies" }
+// InForce is how the message of weft.dev/Enforced names the policy that applies, and the generation of Envoy that applies it. The
+// next controller reads it there, so that it does not move every caller to new connections.
+func InForce(policy string, generation uint32) string {
+	if generation == 0 {
+		return "policy " + policy + " applies"
+	}
+	return fmt.Sprintf("policy %s applies, by Envoy's generation %d", policy, generation)
+}
 
-var inForce = regexp.MustCompile("^policy ([0-9a-f]{1,64}) applies")
+var inForce = regexp.MustCompile("^policy ([0-9a-f]{1,64}) applies(?:, by Envoy's generation ([0-9]{1,9}))?")
 
 // seed reads the decisions of the controller before this one from the pods' conditions, and which nodes served it. The
 // decisions hold until the nodes report: a forged condition therefore only closes a pod, and not for long.
@@ -60,7 +67,8 @@ func decided(conditions []corev1.PodCondition) resolve.Decision {
 			if stands || c.Reason == ReasonRefused || c.Reason == ReasonNotEnforceable {
 				d.Stage, d.MTLS = ir.Enforced, true
 				if m := inForce.FindStringSubmatch(c.Message); m != nil {
-					d.Policy = m[1]
+					generation, _ := strconv.ParseUint(m[2], 10, 32) // none: 0
+					d.Policy, d.Proxy = m[1], uint32(generation)
 				}
 			}
 		}

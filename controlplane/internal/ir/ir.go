@@ -69,10 +69,13 @@ type Snapshot struct {
 // Mesh is MeshConfig with its defaults filled in.
 type Mesh struct {
 	TrustDomain       string
+	SVIDLife          time.Duration // 0: unknown
 	DefaultMode       Mode
 	ForbidOptOut      bool
 	Uninstall         bool
 	ConnectionsPerPod uint32
+	// OwnClientAddress: apps see their own pod's address as their client's.
+	OwnClientAddress bool
 }
 
 // Namespace is the decision for one namespace.
@@ -257,6 +260,8 @@ type Pod struct {
 	Strict           bool
 	ProbePorts       []uint16
 	ServerFirstPorts []uint16
+	// Shortcut: labels ask for the short circuit.
+	Shortcut bool
 	// Ends is when a deleted pod's grace period is over; zero: it is not deleted.
 	Ends time.Time
 }

@@ -152,7 +152,7 @@ func (s *Store) write(ctx context.Context, content map[string]string) error {
 	return nil
 }
 
-// encode makes the content: MeshConfig, then the forms that are in force in place of broken ones, then the others.
+// encode makes the content: MeshConfig, then the forms that are in force in place of broken ones and of lost ones, then the others.
 // skipped are those that the limit leaves no room for.
 func encode(k Known, limit int) (content map[string]string, skipped []string) {
 	content = map[string]string{}
@@ -176,7 +176,7 @@ func encode(k Known, limit int) (content map[string]string, skipped []string) {
 		return cmp.Or(rank(k.Policies[a])-rank(k.Policies[b]), cmp.Compare(a, b))
 	})
 	for _, id := range ids {
-		var slim resolve.Good
+		slim := resolve.Good{Lost: k.Policies[id].Lost}
 		if p := k.Policies[id].Authentication; p != nil {
 			slim.Authentication = &v1alpha1.AuthenticationPolicy{ObjectMeta: trim(p.ObjectMeta), Spec: p.Spec}
 		}
@@ -189,7 +189,7 @@ func encode(k Known, limit int) (content map[string]string, skipped []string) {
 }
 
 func rank(g resolve.Good) int {
-	if g.InForce {
+	if g.InForce || g.Lost {
 		return 0
 	}
 	return 1

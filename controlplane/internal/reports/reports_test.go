@@ -8,11 +8,15 @@ import (
 	"log/slog"
 	"strings"
 	"testing"
+	"time"
 	"unicode/utf8"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	meshv1 "github.com/weftmesh/weft/api/mesh/v1"
 	"github.com/weftmesh/weft/controlplane/internal/ir"
@@ -98,12 +102,42 @@ func TestReports(t *testing.T) {
 
 func TestAnOlderStreamIsNotListenedTo(t *testing.T) {
 	s := store()
-	older := s.begin("n1", &meshv1.Hello{Node: "n1", BootId: "b"})
+	older := s.Open("n1")
+	if err := older.Take(hello("n1", "b")); err != nil {
+		t.Fatal(err)
+	}
 	if err := s.Report(&agent{node: "n1", says: []*meshv1.NodeReport{hello("n1", "b"), pod("u", captured), synced}}); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.take("n1", older, pod("u", gone)); status.Code(err) != codes.Aborted || of(s, "n1", "u") != captured {
+	if err := older.Take(pod("u", gone)); status.Code(err) != codes.Aborted || of(s, "n1", "u") != captured {
 		t.Errorf("the older stream: %v, pod %s", err, of(s, "n1", "u"))
+	}
+}
+
+// TestTheStreamThatWasOpenedLastCounts, whichever replica passes on what when.
+func TestTheStreamThatWasOpenedLastCounts(t *testing.T) {
+	s := store()
+	opened := func(at uint64) *meshv1.NodeReport {
+		return &meshv1.NodeReport{Kind: &meshv1.NodeReport_Hello{Hello: &meshv1.Hello{Node: "n1", BootId: "b", Opened: at}}}
+	}
+	newer, older := s.Open("n1"), s.Open("n1")
+	for _, r := range []*meshv1.NodeReport{opened(7), pod("u", captured), synced} {
+		if err := newer.Take(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := older.Take(opened(6)); status.Code(err) != codes.Aborted {
+		t.Errorf("an older stream, passed on late: %v", err)
+	}
+	if err := older.Take(pod("u", gone)); err == nil || of(s, "n1", "u") != captured {
+		t.Errorf("what it says: %v, pod %s", err, of(s, "n1", "u"))
+	}
+	if err := newer.Take(pod("u", enforced)); err != nil || of(s, "n1", "u") != enforced {
+		t.Errorf("the newer one goes on: %v, pod %s", err, of(s, "n1", "u"))
+	}
+	s.Begin()
+	if of(s, "n1", "u") != 0 {
+		t.Error("a leader begins with what another replica passed on to the one before")
 	}
 }
 
@@ -165,4 +199,32 @@ func TestANodeIsBounded(t *testing.T) {
 			t.Errorf("%d problems", len(got.PolicyProblems))
 		}
 	})
+}
+
+// TestBoundedReportKeepsEveryField that there is.
+func TestBoundedReportKeepsEveryField(t *testing.T) {
+	p := &meshv1.PodReport{PolicyProblems: []string{"x"}, Took: durationpb.New(time.Second)}
+	r := p.ProtoReflect()
+	for i := range r.Descriptor().Fields().Len() {
+		f := r.Descriptor().Fields().Get(i)
+		switch {
+		case f.IsList() || f.Message() != nil:
+		case f.Kind() == protoreflect.StringKind:
+			r.Set(f, protoreflect.ValueOfString("x"))
+		case f.Kind() == protoreflect.BoolKind:
+			r.Set(f, protoreflect.ValueOfBool(true))
+		case f.Kind() == protoreflect.EnumKind:
+			r.Set(f, protoreflect.ValueOfEnum(1))
+		case f.Kind() == protoreflect.Uint32Kind:
+			r.Set(f, protoreflect.ValueOfUint32(1))
+		case f.Kind() == protoreflect.Uint64Kind:
+			r.Set(f, protoreflect.ValueOfUint64(1))
+		}
+		if !r.Has(f) {
+			t.Errorf("the test sets no %s", f.Name())
+		}
+	}
+	if got := bounded(p); !proto.Equal(got, p) {
+		t.Errorf("%v is kept as %v", p, got)
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -93,6 +94,9 @@ func (r *resolver) reach(e *ir.Endpoint, pod *ir.Pod) {
 	switch {
 	case pod.MTLS:
 		e.Transport, e.Generation = ir.MTLS, "mtls/"+d.Policy
+		if d.Proxy > 0 {
+			e.Generation += "/" + strconv.FormatUint(uint64(d.Proxy), 10)
+		}
 	case d.Lost && pod.Strict:
 		e.Transport = ir.Refuse
 	}

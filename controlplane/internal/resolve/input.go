@@ -4,11 +4,14 @@
 package resolve
 
 import (
+	"time"
+
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	gwv1 "sigs.k8s.io/gateway-api/apis/v1"
 
 	"github.com/weftmesh/weft/api/v1alpha1"
+	"github.com/weftmesh/weft/controlplane/internal/epoch"
 	"github.com/weftmesh/weft/controlplane/internal/ir"
 )
 
@@ -18,6 +21,8 @@ type Input struct {
 	Namespace string
 	// TrustDomain is used where MeshConfig names none.
 	TrustDomain string
+	// SVIDLife is how long SVIDs live; 0: unknown.
+	SVIDLife time.Duration
 
 	// UninstallOrder is the ConfigMap that orders every pod out of the mesh, or nil.
 	UninstallOrder *corev1.ConfigMap
@@ -36,6 +41,11 @@ type Input struct {
 
 	// Good holds policies' last good forms as an earlier leader knew them, by name (see Result.Good).
 	Good map[string]Good
+	// Lost are policies, by the same names, that were deleted with their CRD: they hold.
+	Lost map[string]bool
+
+	// Made are the newest of these objects, Seen is how far each kind was followed, deletions included.
+	Made, Seen epoch.Kinds
 
 	// Decisions are package barrier's, by pod uid. A pod without one is out.
 	Decisions map[string]Decision
@@ -52,6 +62,8 @@ type Decision struct {
 	Policy string
 	// Moved is Policy once every node has acknowledged that generation: callers have moved to new connections.
 	Moved string
+	// Proxy is the generation of its node's Envoy that serves the pod's new connections.
+	Proxy uint32
 }
 
 // Result is what Resolve makes.
@@ -67,6 +79,8 @@ type Result struct {
 type Good struct {
 	Authentication *v1alpha1.AuthenticationPolicy `json:"authentication,omitempty"`
 	Access         *v1alpha1.AccessPolicy         `json:"access,omitempty"`
+	// Lost: the policy was deleted with its CRD.
+	Lost bool `json:"lost,omitempty"`
 	// InForce: the policy's current form cannot be compiled, and this one applies instead.
 	InForce bool `json:"-"`
 }
@@ -85,3 +99,10 @@ type Problem struct {
 	// Type, Status, Reason and Message are the condition's.
 	Type, Status, Reason, Message string
 }
+
+// GoodAuthentication and GoodAccess name a policy in Result.Good.
+func GoodAuthentication(p *v1alpha1.AuthenticationPolicy) string {
+	return "AuthenticationPolicy." + string(p.UID)
+}
+
+func GoodAccess(p *v1alpha1.AccessPolicy) string { return "AccessPolicy." + string(p.UID) }

@@ -23,7 +23,7 @@ type config struct {
 
 func (r *resolver) readConfig() {
 	c := config{enrolment: v1alpha1.EnrolLabelled, namespaces: labels.Everything(), pods: labels.Everything(), mode: ir.Permissive}
-	mesh := ir.Mesh{TrustDomain: r.in.TrustDomain, DefaultMode: ir.Permissive, ConnectionsPerPod: 4000, Uninstall: r.in.UninstallOrder != nil && r.in.UninstallOrder.Data[names.UninstallKey] == "true"}
+	mesh := ir.Mesh{TrustDomain: r.in.TrustDomain, SVIDLife: r.in.SVIDLife, DefaultMode: ir.Permissive, ConnectionsPerPod: 4000, Uninstall: r.in.UninstallOrder != nil && r.in.UninstallOrder.Data[names.UninstallKey] == "true"}
 	if mesh.TrustDomain == "" {
 		mesh.TrustDomain = names.DefaultTrustDomain
 	}
@@ -44,6 +44,7 @@ func (r *resolver) readConfig() {
 		if m.Spec.ConnectionsPerPod > 0 {
 			mesh.ConnectionsPerPod = uint32(m.Spec.ConnectionsPerPod)
 		}
+		mesh.OwnClientAddress = m.Spec.ClientAddress == v1alpha1.ClientAddressOwn
 		for _, s := range []struct {
 			field string
 			from  *v1alpha1.LabelSelector
@@ -124,6 +125,15 @@ func (r *resolver) goal(p *corev1.Pod) ir.Stage {
 		return ir.Enforced
 	}
 	return ir.Out
+}
+
+// shortcut tells whether labels ask for a pod's short circuit.
+func (r *resolver) shortcut(p *corev1.Pod) bool {
+	asked := p.Labels[names.LabelSockmap]
+	if n := r.namespaces[p.Namespace]; asked == "" && n != nil {
+		asked = n.Labels[names.LabelSockmap]
+	}
+	return asked == names.MeshEnabled
 }
 
 func (r *resolver) resolveNamespaces() {

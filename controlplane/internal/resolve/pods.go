@@ -43,7 +43,7 @@ func (r *resolver) resolvePods() {
 		pod := &ir.Pod{
 			UID: uid, Key: ir.Key{Namespace: p.Namespace, Name: p.Name}, Node: p.Spec.NodeName, ServiceAccount: account,
 			SPIFFEID: names.SPIFFEID(r.snap.Mesh.TrustDomain, p.Namespace, account), Addresses: podAddresses(p),
-			Goal: r.goal(p), Stage: d.Stage, MTLS: d.MTLS, Moved: d.Moved, ProbePorts: probePorts(p),
+			Goal: r.goal(p), Stage: d.Stage, MTLS: d.MTLS, Moved: d.Moved, ProbePorts: probePorts(p), Shortcut: r.shortcut(p),
 		}
 		if p.DeletionTimestamp != nil { // the grace period is in it
 			pod.Ends = p.DeletionTimestamp.Time

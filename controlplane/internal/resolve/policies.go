@@ -48,11 +48,11 @@ type compiledOperation struct {
 func (r *resolver) resolvePolicies() {
 	authentication, access := map[string][]*compiledPolicy{}, map[string][]*compiledPolicy{}
 	for _, p := range r.in.AuthenticationPolicies {
-		c := r.inForce(Ref{"AuthenticationPolicy", p.Namespace, p.Name, p.Generation}, string(p.UID), Good{Authentication: p})
+		c := r.inForce(Ref{"AuthenticationPolicy", p.Namespace, p.Name, p.Generation}, GoodAuthentication(p), Good{Authentication: p})
 		authentication[p.Namespace] = append(authentication[p.Namespace], c)
 	}
 	for _, p := range r.in.AccessPolicies {
-		c := r.inForce(Ref{"AccessPolicy", p.Namespace, p.Name, p.Generation}, string(p.UID), Good{Access: p})
+		c := r.inForce(Ref{"AccessPolicy", p.Namespace, p.Name, p.Generation}, GoodAccess(p), Good{Access: p})
 		access[p.Namespace] = append(access[p.Namespace], c)
 	}
 	for _, l := range []map[string][]*compiledPolicy{authentication, access} {
@@ -87,14 +87,15 @@ func checkSize(spec any) error {
 // closed is what a policy without a good form means.
 var closed = map[string]string{"AuthenticationPolicy": "are Strict", "AccessPolicy": "refuse everything"}
 
-// inForce compiles a policy as it is, else in its last good form, else as closed.
-func (r *resolver) inForce(ref Ref, uid string, now Good) *compiledPolicy {
-	id := ref.Kind + "." + uid
+// inForce compiles a policy as it is, else in its last good form, else as closed. id names it in Result.Good.
+func (r *resolver) inForce(ref Ref, id string, now Good) *compiledPolicy {
+	now.Lost = r.in.Lost[id]
 	c, err := r.compile(now)
 	if err == nil {
 		r.out.Good[id] = now
 	} else if good, last := r.lastGood(id); last != nil {
 		c = last
+		good.Lost = now.Lost
 		r.out.Good[id] = good
 		r.problem(Problem{ref, -1, accepted, "False", "Invalid", err.Error() + "; the last good form stays in force"})
 	} else {

@@ -82,6 +82,10 @@ func label(value string) func(*corev1.Pod) {
 	return func(p *corev1.Pod) { p.Labels[names.LabelMesh] = value }
 }
 
+func sockmap(value string) func(*corev1.Pod) {
+	return func(p *corev1.Pod) { p.Labels[names.LabelSockmap] = value }
+}
+
 func enrolment(e v1alpha1.Enrolment) *v1alpha1.MeshConfig {
 	return &v1alpha1.MeshConfig{ObjectMeta: metav1.ObjectMeta{Name: "default"}, Spec: v1alpha1.MeshConfigSpec{Enrolment: e}}
 }
@@ -92,6 +96,9 @@ func TestPods(t *testing.T) {
 	}
 	golden(t, "pods", []goldenCase{
 		{name: "the namespace's label, the pod's label", objects: objects{pod("web-1", "10.0.0.1"), pod("off-1", "10.0.0.2", label("disabled")), pod("other/on-1", "10.0.0.3", label("enabled")), pod("other/x-1", "10.0.0.4")}},
+		{name: "the short circuit: the namespace's label, the pod's label", objects: objects{
+			&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", Labels: map[string]string{names.LabelMesh: "enabled", names.LabelSockmap: "enabled"}}},
+			pod("web-1", "10.0.0.1"), pod("off-1", "10.0.0.2", sockmap("disabled")), pod("other/on-1", "10.0.0.3", label("enabled"), sockmap("enabled")), pod("other/x-1", "10.0.0.4", label("enabled"))}},
 		{name: "opting out forbidden", objects: objects{enrolment(v1alpha1.Enrolment{PodOptOut: v1alpha1.OptOutForbidden}), pod("off-1", "10.0.0.1", label("disabled")), pod("other/off-1", "10.0.0.2", label("disabled"))}},
 		{name: "mode All", objects: objects{enrolment(v1alpha1.Enrolment{Mode: v1alpha1.EnrolAll}), pod("web-1", "10.0.0.1"), pod("other/x-1", "10.0.0.2"), pod("other/off-1", "10.0.0.3", label("disabled"))}},
 		{name: "mode All with selectors, labels win", objects: objects{enrolment(v1alpha1.Enrolment{Mode: v1alpha1.EnrolAll, PodSelector: apps("x"), NamespaceSelector: &v1alpha1.LabelSelector{}}),
@@ -121,6 +128,15 @@ func TestPods(t *testing.T) {
 		})}},
 		{name: "another trust domain than the controller's is refused", objects: objects{&v1alpha1.MeshConfig{ObjectMeta: metav1.ObjectMeta{Name: "default"}, Spec: v1alpha1.MeshConfigSpec{TrustDomain: "example.org"}}, pod("web-1", "10.0.0.1")}},
 	})
+}
+
+func TestClientAddress(t *testing.T) {
+	for setting, own := range map[v1alpha1.ClientAddress]bool{"": false, v1alpha1.ClientAddressPreserve: false, v1alpha1.ClientAddressOwn: true} {
+		w := world(&v1alpha1.MeshConfig{ObjectMeta: metav1.ObjectMeta{Name: "default"}, Spec: v1alpha1.MeshConfigSpec{ClientAddress: setting}})
+		if got := Resolve(nil, w).Snapshot.Mesh.OwnClientAddress; got != own {
+			t.Errorf("clientAddress %q: apps see their own address: %v", setting, got)
+		}
+	}
 }
 
 func TestUninstallOrdersEveryPodOut(t *testing.T) {

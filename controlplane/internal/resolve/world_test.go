@@ -45,6 +45,9 @@ func world(objects ...any) Input {
 	}
 	for _, o := range objects {
 		switch o := o.(type) {
+		case *corev1.Namespace: // in the place of the one of its name
+			in.Namespaces = slices.DeleteFunc(in.Namespaces, func(n *corev1.Namespace) bool { return n.Name == o.Name })
+			in.Namespaces = append(in.Namespaces, o)
 		case *corev1.Pod:
 			in.Pods = append(in.Pods, o)
 		case *corev1.Service:
@@ -382,6 +385,9 @@ func podText(p *ir.Pod) string {
 	out := ""
 	if p.Strict {
 		out += " strict"
+	}
+	if p.Shortcut {
+		out += " shortcut"
 	}
 	if len(p.ProbePorts) > 0 {
 		out += fmt.Sprintf(" probes %v", p.ProbePorts)

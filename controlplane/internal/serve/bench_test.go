@@ -34,7 +34,7 @@ func BenchmarkPush(b *testing.B) {
 		e := &ir.Endpoint{Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(n >> 8), byte(n)}), 80), Transport: ir.Plain, Ready: true}
 		return &ir.Snapshot{Services: map[ir.Key]*ir.Service{key1.Service: {Key: key1.Service, Ports: []*ir.ServicePort{{Key: key1, Class: ir.ClassHTTP, Protocol: ir.HTTP1, Endpoints: []*ir.Endpoint{e}}}}}}
 	}
-	s.SetSnapshot(snapshot(0))
+	s.set(snapshot(0))
 	var streams []*stream
 	for i := range nodes {
 		st := newStream(s, fmt.Sprint(i))
@@ -47,7 +47,7 @@ func BenchmarkPush(b *testing.B) {
 	start := spent()
 	for b.Loop() {
 		n++
-		s.SetSnapshot(snapshot(n))
+		s.set(snapshot(n))
 		for _, st := range streams {
 			l := st.responses()
 			if len(l) != 1 {
@@ -78,7 +78,7 @@ func BenchmarkPushIndex(b *testing.B) {
 		next.Pods[uid], pods = &pod, next.Pods
 		return next
 	}
-	s.SetSnapshot(&ir.Snapshot{Pods: pods})
+	s.set(&ir.Snapshot{Pods: pods})
 	var streams []*stream
 	for i := range nodes {
 		streams = append(streams, still(s, fmt.Sprint(i)))
@@ -90,7 +90,7 @@ func BenchmarkPushIndex(b *testing.B) {
 		n++
 		next := snapshot(n)
 		start := spent()
-		s.SetSnapshot(next)
+		s.set(next)
 		sent := 0
 		for _, st := range streams {
 			l := st.responses()

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/weftmesh/weft/controlplane/internal/epoch"
 	"github.com/weftmesh/weft/controlplane/internal/ir"
 	"github.com/weftmesh/weft/controlplane/internal/xds"
 )
@@ -23,6 +24,19 @@ type Config struct {
 	Log *slog.Logger
 	// Changed is called, without blocking, when nodes come, go, acknowledge or refuse.
 	Changed func()
+	// Patience is how long an agent that was given newer objects by another replica is given nothing; 0: 10 seconds.
+	Patience time.Duration
+}
+
+// Version is a snapshot and what it was made of.
+type Version struct {
+	Snapshot *ir.Snapshot
+	// Mark is what agents are told: its orders are the last that differ from those before.
+	epoch.Mark
+	// Number of the leader's snapshot whose orders are in it.
+	Number uint64
+	// Seen is how far the objects were followed.
+	Seen epoch.Kinds
 }
 
 // order in which types are sent: a cluster comes before its endpoints, both before a route that names them, and policies
@@ -54,6 +68,16 @@ type Server struct {
 	mu         sync.Mutex
 	snapshot   *ir.Snapshot
 	generation uint64
+	// mark, number and seen are the current snapshot's. served are the numbers of the orders that are in generations.
+	mark   epoch.Mark
+	number uint64
+	seen   epoch.Kinds
+	served []served
+	// changed is closed and replaced when there is another snapshot, and when the Server is suspended or resumed.
+	changed   chan struct{}
+	suspended bool
+	// others are what other replicas tell of their nodes, by name.
+	others map[string]*other
 	// named resources that streams subscribed to; index resources are of the wildcard types, as far as somebody took them.
 	// Both are those of the current snapshot.
 	named, index map[Resource]*resource
@@ -65,6 +89,11 @@ type Server struct {
 	away map[string]absence
 	// routes are the users of route configurations, by name; nil: to be counted anew.
 	routes map[string][]string
+}
+
+// served says that the orders of a number are in a generation.
+type served struct {
+	generation, number uint64
 }
 
 // absence is a node without a stream.
@@ -87,7 +116,10 @@ func New(c Config) *Server {
 	if c.Changed == nil {
 		c.Changed = func() {}
 	}
-	return &Server{config: c, named: map[Resource]*resource{}, index: map[Resource]*resource{}, local: map[string]map[string]bool{},
+	if c.Patience == 0 {
+		c.Patience = 10 * time.Second
+	}
+	return &Server{config: c, changed: make(chan struct{}), others: map[string]*other{}, named: map[Resource]*resource{}, index: map[Resource]*resource{}, local: map[string]map[string]bool{},
 		streams: map[*stream]bool{}, byNode: map[string]map[*stream]bool{}, away: map[string]absence{}}
 }
 
@@ -97,19 +129,20 @@ func (s *Server) Expect(nodes []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, node := range nodes {
-		if len(s.byNode[node]) == 0 {
+		if !s.here(node) {
 			s.away[node] = absence{since: time.Now()}
 		}
 	}
 }
 
-// SetSnapshot makes a snapshot the current one and returns its generation, for Answered.
-func (s *Server) SetSnapshot(snapshot *ir.Snapshot) uint64 {
+// Set makes a snapshot the current one and returns its generation, for Answered.
+func (s *Server) Set(v Version) uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	before := s.snapshot
-	s.snapshot = snapshot
+	s.snapshot, s.seen = v.Snapshot, v.Seen
 	s.generation++
+	s.advance(v.Mark, v.Number)
 	for k, r := range s.named {
 		if s.rebuild(k, r) {
 			for st := range r.streams {
@@ -130,6 +163,35 @@ func (s *Server) SetSnapshot(snapshot *ir.Snapshot) uint64 {
 		st.reach(s.generation)
 	}
 	return s.generation
+}
+
+// Advance says that the current snapshot is what orders of a later number ask for, too.
+func (s *Server) Advance(m epoch.Mark, number uint64) {
+	s.mu.Lock()
+	s.advance(m, number)
+	s.mu.Unlock()
+	s.config.Changed()
+}
+
+func (s *Server) advance(m epoch.Mark, number uint64) {
+	if s.mark.Term != m.Term {
+		s.served = nil
+	}
+	if s.number != number || len(s.served) == 0 {
+		s.served = append(s.served, served{s.generation, number})
+	}
+	if s.mark.Orders != m.Orders { // who has answered these must know them, even if nothing that it has is different
+		for st := range s.streams {
+			st.inform(s.generation)
+		}
+	}
+	s.mark, s.number = m, number
+	s.notify()
+}
+
+func (s *Server) notify() {
+	close(s.changed)
+	s.changed = make(chan struct{})
 }
 
 // difference lists the resources of wildcard types that may have changed since a snapshot: what did not change is the

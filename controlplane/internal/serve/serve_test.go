@@ -34,7 +34,7 @@ func connect(t *testing.T, s *Server, node string) (stream ads, hangUp func()) {
 	t.Helper()
 	listener := bufconn.Listen(1 << 20)
 	g := grpc.NewServer()
-	discovery.RegisterAggregatedDiscoveryServiceServer(g, &Service{Server: s, Peer: func(context.Context) (string, error) { return node, nil }})
+	discovery.RegisterAggregatedDiscoveryServiceServer(g, &Service{Server: s, Peer: func(context.Context) (string, error) { return node, nil }, HangUp: func(context.Context) {}})
 	go func() { _ = g.Serve(listener) }()
 	t.Cleanup(g.Stop)
 	conn, err := grpc.NewClient("passthrough:///x", grpc.WithTransportCredentials(insecure.NewCredentials()),
@@ -108,7 +108,7 @@ func quiet() *Server { return New(Config{Log: slog.New(slog.DiscardHandler)}) }
 
 func TestStream(t *testing.T) {
 	s := quiet()
-	s.SetSnapshot(namespaces("a", "b"))
+	s.set(namespaces("a", "b"))
 	stream, hangUp := connect(t, s, "node-1")
 	send(t, stream, &discovery.DeltaDiscoveryRequest{TypeUrl: xds.TypeNamespace, ResourceNamesSubscribe: []string{"*"}})
 	first := receive(t, stream)
@@ -127,7 +127,7 @@ func TestStream(t *testing.T) {
 	eventually(t, "all is answered", func() bool { return s.Answered() == 1 })
 
 	// Only what changed is sent.
-	generation := s.SetSnapshot(namespaces("a", "c"))
+	generation := s.set(namespaces("a", "c"))
 	second := receive(t, stream)
 	if len(second.Resources) != 1 || second.Resources[0].Name != "c" || len(second.RemovedResources) != 1 || second.RemovedResources[0] != "b" {
 		t.Errorf("b went and c came, got %v", second)
@@ -167,6 +167,9 @@ func TestStream(t *testing.T) {
 	}
 }
 
+// set serves a snapshot of no leader's.
+func (s *Server) set(snapshot *ir.Snapshot) uint64 { return s.Set(Version{Snapshot: snapshot}) }
+
 // backdate lets a node be away for longer.
 func (s *Server) backdate(node string, by time.Duration) {
 	s.mu.Lock()
@@ -179,7 +182,7 @@ func (s *Server) backdate(node string, by time.Duration) {
 func TestANewServerWaitsForTheNodesThatServed(t *testing.T) {
 	s := quiet()
 	s.Expect([]string{"node-1", "node-2"})
-	generation := s.SetSnapshot(namespaces("a"))
+	generation := s.set(namespaces("a"))
 	stream, _ := connect(t, s, "node-1")
 	join(t, stream)
 	eventually(t, "the first node knows everything", func() bool { return len(s.State().Nodes) == 1 && len(s.State().Behind) == 0 })
@@ -203,7 +206,7 @@ func TestAnOlderChangeIsNotAnsweredBeforeItIsTaken(t *testing.T) {
 	changed := func(connections uint32, all ...string) uint64 {
 		next := namespaces(all...)
 		next.Mesh.ConnectionsPerPod = connections
-		return s.SetSnapshot(next)
+		return s.set(next)
 	}
 	first := changed(1)
 	changed(2)      // the same resource again
@@ -225,6 +228,36 @@ func TestAnOlderChangeIsNotAnsweredBeforeItIsTaken(t *testing.T) {
 	}
 }
 
+// TestWhoComesBackHasAnsweredNothing of what it has not been given again, however few generations ago it was made.
+func TestWhoComesBackHasAnsweredNothing(t *testing.T) {
+	s := quiet()
+	s.set(namespaces("a"))
+	st := newStream(s, "node-1")
+	s.add(st)
+	changed := namespaces("a")
+	changed.Namespaces["a"].Mode = ir.Strict
+	generation := s.set(changed)
+	s.set(namespacesOf(changed, "b")) // later than what it misses
+	for typeURL := range wildcard {
+		st.request(&discovery.DeltaDiscoveryRequest{TypeUrl: typeURL, ResourceNamesSubscribe: []string{"*"}, InitialResourceVersions: map[string]string{}})
+	}
+	st.request(&discovery.DeltaDiscoveryRequest{TypeUrl: xds.TypeRoute, ResourceNamesSubscribe: []string{"route/shop/web/80"}, InitialResourceVersions: map[string]string{"route/shop/web/80": "old"}})
+	if got := s.Answered(); got >= generation {
+		t.Errorf("it has been given nothing, and %d is answered", got)
+	}
+	answer(st, st.responses())
+	if got := s.Answered(); got != s.generation {
+		t.Errorf("it has answered everything, and %d is answered", got)
+	}
+}
+
+// namespacesOf is a snapshot with one namespace more.
+func namespacesOf(before *ir.Snapshot, name string) *ir.Snapshot {
+	next := namespaces(name)
+	maps.Copy(next.Namespaces, before.Namespaces)
+	return next
+}
+
 // still is a stream of a node that has asked for everything and answered the first responses, and acts no more by itself.
 func still(s *Server, node string) *stream {
 	st := newStream(s, node)
@@ -244,7 +277,7 @@ func answer(st *stream, l []*discovery.DeltaDiscoveryResponse) {
 
 func TestARefusalNamesItsResources(t *testing.T) {
 	s := quiet()
-	s.SetSnapshot(namespaces())
+	s.set(namespaces())
 	st := still(s, "node-1")
 	for _, c := range []struct{ name, message, want string }{
 		{"one of two is named", names.RefusedText("svc/shop/a/80", "bad TLS context"), "svc/shop/a/80: bad TLS context"},
@@ -266,21 +299,21 @@ func TestARefusalNamesItsResources(t *testing.T) {
 
 func TestWhatIsRemovedIsForgotten(t *testing.T) {
 	s := quiet()
-	s.SetSnapshot(namespaces("a", "b"))
+	s.set(namespaces("a", "b"))
 	st := still(s, "node-1")
-	s.SetSnapshot(namespaces("a"))
+	s.set(namespaces("a"))
 	removal := st.responses()
 	if len(removal) != 1 || len(removal[0].RemovedResources) != 1 {
 		t.Fatalf("removal: %v", removal)
 	}
-	s.SetSnapshot(namespaces("a", "b")) // it comes back before the removal is acknowledged
+	s.set(namespaces("a", "b")) // it comes back before the removal is acknowledged
 	back := st.responses()
 	answer(st, removal)
 	if st.sent[Resource{xds.TypeNamespace, "b"}] == "" {
 		t.Error("the ACK of a removal made the server forget what it sent after it")
 	}
 	answer(st, back)
-	s.SetSnapshot(namespaces("a"))
+	s.set(namespaces("a"))
 	answer(st, st.responses())
 	if _, kept := st.sent[Resource{xds.TypeNamespace, "b"}]; kept || len(s.index) != 2 { // the Mesh and a
 		t.Errorf("sent %v, index of %d", st.sent, len(s.index))
@@ -289,7 +322,7 @@ func TestWhatIsRemovedIsForgotten(t *testing.T) {
 
 func TestStateTellsWhoUsesARoute(t *testing.T) {
 	s := quiet()
-	s.SetSnapshot(namespaces())
+	s.set(namespaces())
 	route := names.Route("shop", "web", 80)
 	one, other := still(s, "node-1"), still(s, "node-2")
 	still(s, "node-3")
@@ -319,7 +352,7 @@ func TestStateTellsWhoUsesARoute(t *testing.T) {
 
 func TestANodeGetsNoOtherNodesPods(t *testing.T) {
 	s := quiet()
-	s.SetSnapshot(&ir.Snapshot{Pods: map[string]*ir.Pod{"u1": {UID: "u1", Node: "node-1"}, "u2": {UID: "u2", Node: "node-2"}}})
+	s.set(&ir.Snapshot{Pods: map[string]*ir.Pod{"u1": {UID: "u1", Node: "node-1"}, "u2": {UID: "u2", Node: "node-2"}}})
 	st := newStream(s, "node-1")
 	s.add(st)
 	st.request(&discovery.DeltaDiscoveryRequest{TypeUrl: xds.TypeLocalPod, ResourceNamesSubscribe: []string{"*", "node-2/u2"},
@@ -332,7 +365,7 @@ func TestANodeGetsNoOtherNodesPods(t *testing.T) {
 
 func TestAnEndedStreamSubscribesToNothing(t *testing.T) {
 	s := quiet()
-	s.SetSnapshot(namespaces())
+	s.set(namespaces())
 	st := still(s, "node-1")
 	s.remove(st)
 	st.request(&discovery.DeltaDiscoveryRequest{TypeUrl: xds.TypeRoute, ResourceNamesSubscribe: []string{names.Route("shop", "web", 80)}})
@@ -346,7 +379,7 @@ func TestChangesReachEverybody(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	snapshot := &ir.Snapshot{}
 	s := quiet()
-	s.SetSnapshot(snapshot)
+	s.set(snapshot)
 	requests := []*discovery.DeltaDiscoveryRequest{
 		{TypeUrl: xds.TypeCluster, ResourceNamesSubscribe: []string{"svc/shop/web/80", "tcp/10.96.0.1:80", "pod/10.0.0.1"}},
 		{TypeUrl: xds.TypeEndpoints, ResourceNamesSubscribe: []string{"svc/shop/web/80", "tcp/10.96.0.1:80"}},
@@ -381,13 +414,13 @@ func TestChangesReachEverybody(t *testing.T) {
 	st := subscribed(s)
 	for i := range 500 {
 		snapshot = change(rnd, snapshot)
-		s.SetSnapshot(snapshot)
+		s.set(snapshot)
 		if rnd.IntN(3) == 0 {
 			continue // the stream is slow
 		}
 		drain(st, held)
 		fresh, want := quiet(), map[Resource]string{}
-		fresh.SetSnapshot(snapshot)
+		fresh.set(snapshot)
 		drain(subscribed(fresh), want)
 		if !maps.Equal(held, want) {
 			t.Fatalf("after change %d the node holds %v, want %v", i, held, want)

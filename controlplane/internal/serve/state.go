@@ -40,7 +40,33 @@ func (s *Server) Answered() uint64 {
 	for st := range s.streams {
 		least = min(least, st.answered())
 	}
+	for _, o := range s.others {
+		for _, n := range o.nodes {
+			least = min(least, o.answered(n))
+		}
+	}
 	return least
+}
+
+// AnsweredBy is the newest generation that each connected node has answered, with all before it.
+func (s *Server) AnsweredBy() map[string]uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := map[string]uint64{}
+	put := func(node string, answered uint64) {
+		if before, ok := out[node]; !ok || answered < before {
+			out[node] = answered
+		}
+	}
+	for st := range s.streams {
+		put(st.node, st.answered())
+	}
+	for _, o := range s.others {
+		for node, n := range o.nodes {
+			put(node, o.answered(n))
+		}
+	}
+	return out
 }
 
 // State describes the nodes.
@@ -56,7 +82,10 @@ func (s *Server) State() State {
 			out.Away = append(out.Away, node)
 		}
 	}
-	for _, l := range []*[]string{&out.Away, &out.Joining, &out.Behind} {
+	for _, o := range s.others {
+		o.describe(&out, s.generation)
+	}
+	for _, l := range []*[]string{&out.Nodes, &out.Away, &out.Joining, &out.Behind} {
 		slices.Sort(*l)
 		*l = slices.Compact(*l)
 	}
@@ -84,6 +113,13 @@ func (s *Server) users() map[string][]string {
 			s.routes[name] = append(s.routes[name], node)
 		}
 	}
+	for _, o := range s.others {
+		for node, n := range o.nodes {
+			for _, name := range n.Routes {
+				s.routes[name] = append(s.routes[name], node)
+			}
+		}
+	}
 	for name, nodes := range s.routes {
 		slices.Sort(nodes)
 		s.routes[name] = slices.Compact(nodes)
@@ -99,6 +135,9 @@ func (st *stream) answered() uint64 {
 		return 0 // it has not asked for everything yet
 	}
 	least := st.generation
+	if st.untold > 0 {
+		least = min(least, st.untold-1)
+	}
 	for _, g := range st.pending {
 		least = min(least, max(g, 1)-1)
 	}

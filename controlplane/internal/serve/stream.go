@@ -26,6 +26,8 @@ type Service struct {
 	discovery.UnimplementedAggregatedDiscoveryServiceServer
 	Server *Server
 	Peer   Peer
+	// HangUp ends the connection of a call soon, so that the agent finds another replica.
+	HangUp func(ctx context.Context)
 }
 
 // stream is one node's ADS stream.
@@ -49,8 +51,10 @@ type stream struct {
 	// greet holds wildcard types that have had no response yet: the first is sent even if it is empty, so that the agent
 	// knows that it has everything.
 	greet map[string]bool
-	nonce uint64
-	wake  chan struct{}
+	// untold is the oldest generation whose orders the agent has not been told of, be it by an empty response; 0: none.
+	untold uint64
+	nonce  uint64
+	wake   chan struct{}
 }
 
 type flight struct {
@@ -72,8 +76,15 @@ func (s *Service) DeltaAggregatedResources(g discovery.AggregatedDiscoveryServic
 	if err != nil {
 		return status.Error(codes.PermissionDenied, err.Error())
 	}
+	if err := s.Server.admit(g.Context(), node); err != nil {
+		s.HangUp(g.Context())
+		return err
+	}
 	st := newStream(s.Server, node)
-	s.Server.add(st)
+	if !s.Server.add(st) {
+		s.HangUp(g.Context())
+		return errSuspended
+	}
 	defer s.Server.remove(st)
 	ctx, cancel := context.WithCancel(g.Context())
 	defer cancel()
@@ -102,6 +113,10 @@ func (s *Service) DeltaAggregatedResources(g discovery.AggregatedDiscoveryServic
 			}
 		case <-st.wake:
 		}
+		if s.Server.Suspended() {
+			s.HangUp(g.Context())
+			return errSuspended
+		}
 		for _, r := range st.responses() {
 			if err := g.Send(r); err != nil {
 				return fmt.Errorf("send to %s: %w", node, err)
@@ -110,8 +125,13 @@ func (s *Service) DeltaAggregatedResources(g discovery.AggregatedDiscoveryServic
 	}
 }
 
-func (s *Server) add(st *stream) {
+// add takes a stream in, unless the Server is suspended.
+func (s *Server) add(st *stream) bool {
 	s.mu.Lock()
+	if s.suspended {
+		s.mu.Unlock()
+		return false
+	}
 	s.streams[st] = true
 	if s.byNode[st.node] == nil {
 		s.byNode[st.node] = map[*stream]bool{}
@@ -125,6 +145,7 @@ func (s *Server) add(st *stream) {
 	s.mu.Unlock()
 	s.config.Log.Info("node connected", "node", st.node)
 	s.config.Changed()
+	return true
 }
 
 func (s *Server) remove(st *stream) {
@@ -139,7 +160,7 @@ func (s *Server) remove(st *stream) {
 	}
 	if delete(s.byNode[st.node], st); len(s.byNode[st.node]) == 0 {
 		delete(s.byNode, st.node)
-		s.away[st.node] = gone
+		s.leaves(st.node, gone)
 	}
 	s.mu.Unlock()
 	s.config.Log.Info("node disconnected", "node", st.node)
@@ -177,7 +198,11 @@ func (st *stream) request(r *discovery.DeltaDiscoveryRequest) {
 			if len(r.InitialResourceVersions) == 0 {
 				delete(st.sent, k) // asked for again: answer again
 			}
-			st.mark(k, s.generation)
+			if _, had := r.InitialResourceVersions[name]; had {
+				st.mark(k, unanswered)
+			} else {
+				st.mark(k, s.generation)
+			}
 		}
 		for _, name := range r.ResourceNamesUnsubscribe {
 			k := Resource{r.TypeUrl, name}
@@ -194,6 +219,9 @@ func (st *stream) request(r *discovery.DeltaDiscoveryRequest) {
 	s.config.Changed()
 }
 
+// unanswered is older than every generation: what an agent brings along may be as old as can be.
+const unanswered = 0
+
 // subscribeAll marks everything of a wildcard type; what the agent holds and is no more is removed.
 func (st *stream) subscribeAll(r *discovery.DeltaDiscoveryRequest) {
 	s := st.server
@@ -202,18 +230,18 @@ func (st *stream) subscribeAll(r *discovery.DeltaDiscoveryRequest) {
 	}
 	if r.TypeUrl == xds.TypeLocalPod {
 		for uid := range s.local[st.node] {
-			st.mark(Resource{r.TypeUrl, localName(st.node, uid)}, s.generation)
+			st.mark(Resource{r.TypeUrl, localName(st.node, uid)}, unanswered)
 		}
 	} else {
 		for _, name := range xds.Names(s.snapshot, r.TypeUrl, st.node) {
-			st.mark(Resource{r.TypeUrl, name}, s.generation)
+			st.mark(Resource{r.TypeUrl, name}, unanswered)
 		}
 	}
 	for name := range r.InitialResourceVersions {
 		if r.TypeUrl == xds.TypeLocalPod && !strings.HasPrefix(name, st.node+"/") {
 			continue // another node's, whatever the agent says that it holds
 		}
-		st.mark(Resource{r.TypeUrl, name}, s.generation)
+		st.mark(Resource{r.TypeUrl, name}, unanswered)
 	}
 }
 
@@ -267,7 +295,7 @@ func (st *stream) form() []*discovery.DeltaDiscoveryResponse {
 	defer s.mu.Unlock()
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	pending := st.pending
+	pending, mark := st.pending, s.mark.String()
 	st.pending = map[Resource]uint64{}
 	byType := map[string]*discovery.DeltaDiscoveryResponse{}
 	flights := map[string]*flight{}
@@ -282,7 +310,7 @@ func (st *stream) form() []*discovery.DeltaDiscoveryResponse {
 		}
 		r := byType[k.TypeURL]
 		if r == nil {
-			r = &discovery.DeltaDiscoveryResponse{TypeUrl: k.TypeURL}
+			r = &discovery.DeltaDiscoveryResponse{TypeUrl: k.TypeURL, SystemVersionInfo: mark}
 			byType[k.TypeURL], flights[k.TypeURL] = r, &flight{generation: generation}
 		}
 		if body == nil {
@@ -295,11 +323,20 @@ func (st *stream) form() []*discovery.DeltaDiscoveryResponse {
 		f.generation = min(f.generation, generation)
 		st.sent[k] = version
 	}
+	untold := st.untold
+	if st.untold = 0; untold > 0 && len(byType) == 0 && len(st.greet) == 0 && st.wild[xds.TypeMesh] {
+		byType[xds.TypeMesh], flights[xds.TypeMesh] = &discovery.DeltaDiscoveryResponse{TypeUrl: xds.TypeMesh, SystemVersionInfo: mark}, &flight{generation: untold}
+	}
+	for _, f := range flights {
+		if untold > 0 {
+			f.generation = min(f.generation, untold)
+		}
+	}
 	var out []*discovery.DeltaDiscoveryResponse
 	for _, typeURL := range order {
 		r := byType[typeURL]
 		if r == nil && st.greet[typeURL] {
-			r = &discovery.DeltaDiscoveryResponse{TypeUrl: typeURL}
+			r = &discovery.DeltaDiscoveryResponse{TypeUrl: typeURL, SystemVersionInfo: mark}
 			flights[typeURL] = &flight{}
 		}
 		if r == nil {
@@ -312,6 +349,16 @@ func (st *stream) form() []*discovery.DeltaDiscoveryResponse {
 		out = append(out, r)
 	}
 	return out
+}
+
+// inform lets the agent be told of a generation's orders.
+func (st *stream) inform(generation uint64) {
+	st.mu.Lock()
+	if st.untold == 0 {
+		st.untold = generation
+	}
+	st.mu.Unlock()
+	st.rouse()
 }
 
 func (st *stream) dirty(k Resource, generation uint64) {

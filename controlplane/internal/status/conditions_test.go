@@ -2,6 +2,7 @@ package status
 
 import (
 	"encoding/json"
+	"strings"
 	"testing"
 
 	"google.golang.org/protobuf/proto"
@@ -334,6 +335,41 @@ func list(conditions []metav1.Condition) string {
 		}
 	}
 	return out
+}
+
+func TestShortcutConditions(t *testing.T) {
+	had := []corev1.PodCondition{{Type: names.ConditionShortcut, Status: corev1.ConditionTrue}}
+	for _, c := range []struct {
+		name  string
+		asked bool
+		had   []corev1.PodCondition
+		node  func(*meshv1.PodReport)
+		want  string
+	}{
+		{"never asked for", false, nil, func(*meshv1.PodReport) {}, ""},
+		{"on", true, nil, func(r *meshv1.PodReport) { r.Shortcut = true }, "weft.dev/Shortcut=True/Joined"},
+		{"the kernel cannot", true, nil, func(r *meshv1.PodReport) { r.ShortcutRefused = "kernel 6.1 is too old" }, "weft.dev/Shortcut=False/Unsupported kernel 6.1 is too old"},
+		{"not yet", true, nil, func(r *meshv1.PodReport) { r.State = meshv1.PodState_POD_STATE_PREPARING }, "weft.dev/Shortcut=False/Pending"},
+		{"on its way out", false, had, func(r *meshv1.PodReport) { r.Shortcut = true }, "weft.dev/Shortcut=True/Leaving"},
+		{"off again", false, had, func(*meshv1.PodReport) {}, "weft.dev/Shortcut=False/Off"},
+		{"out of the mesh", true, append([]corev1.PodCondition{{Type: names.ConditionEnrolled, Status: corev1.ConditionTrue}}, had...),
+			func(r *meshv1.PodReport) { r.State = meshv1.PodState_POD_STATE_OUT }, "weft.dev/Shortcut=False/Off"},
+	} {
+		pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "p", UID: types.UID("u")}}
+		pod.Status.Conditions = c.had
+		report := &meshv1.PodReport{State: meshv1.PodState_POD_STATE_ENFORCED, InboundPolicy: "h"}
+		c.node(report)
+		target := &ir.Pod{UID: "u", Node: "n1", Goal: ir.Enforced, Stage: ir.Enforced, Policy: "h", Shortcut: c.asked}
+		if report.State == meshv1.PodState_POD_STATE_OUT {
+			target.Goal, target.Stage = ir.Out, ir.Out
+		}
+		p := &engine.Picture{Snapshot: &ir.Snapshot{Pods: map[string]*ir.Pod{"u": target}}, Nodes: connectedTo("n1"),
+			Reports: barrier.Reports{"n1": {"u": report}}}
+		got := newView(p).podConditions(pod)
+		if c.want == "" && len(got) != 2 || c.want != "" && (len(got) != 3 || !strings.HasPrefix(list(got[2:]), c.want)) {
+			t.Errorf("%s: %s, want %q", c.name, list(got), c.want)
+		}
+	}
 }
 
 func TestPodProblems(t *testing.T) {

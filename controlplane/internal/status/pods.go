@@ -55,13 +55,42 @@ func (v *view) standing(pod *corev1.Pod) []metav1.Condition {
 			return nil
 		}
 		if report == nil || report.State == meshv1.PodState_POD_STATE_OUT {
-			return both(metav1.ConditionFalse, "Withdrawn", "the pod is not in the mesh")
+			out := both(metav1.ConditionFalse, "Withdrawn", "the pod is not in the mesh")
+			if _, had := podCondition(pod, names.ConditionShortcut); had {
+				out = append(out, condition(names.ConditionShortcut, metav1.ConditionFalse, names.ReasonOff, "the pod is not in the mesh", 0))
+			}
+			return out
 		}
 	}
 	if report == nil {
 		return v.unreported(pod, target.Node)
 	}
-	return reported(target, report)
+	out := reported(target, report)
+	if c, ok := shortcut(pod, target, report); ok {
+		out = append(out, c)
+	}
+	return out
+}
+
+// shortcut is the condition of a pod that asks for the short circuit, or once did.
+func shortcut(pod *corev1.Pod, target *ir.Pod, r *meshv1.PodReport) (metav1.Condition, bool) {
+	is := func(s metav1.ConditionStatus, reason, message string) (metav1.Condition, bool) {
+		return condition(names.ConditionShortcut, s, reason, message, 0), true
+	}
+	_, had := podCondition(pod, names.ConditionShortcut)
+	switch {
+	case !target.Shortcut && !had:
+		return metav1.Condition{}, false
+	case !target.Shortcut && !r.Shortcut:
+		return is(metav1.ConditionFalse, names.ReasonOff, "the pod does not ask for it")
+	case !target.Shortcut:
+		return is(metav1.ConditionTrue, "Leaving", "it is being switched off")
+	case r.ShortcutRefused != "":
+		return is(metav1.ConditionFalse, "Unsupported", r.ShortcutRefused)
+	case !r.Shortcut:
+		return is(metav1.ConditionFalse, pending, "it comes when the pod is captured")
+	}
+	return is(metav1.ConditionTrue, "Joined", "payload between the pod's apps and Envoy goes past TCP on connections made since")
 }
 
 func podCondition(pod *corev1.Pod, kind string) (corev1.PodCondition, bool) {
@@ -123,7 +152,7 @@ func enforced(target *ir.Pod, r *meshv1.PodReport) metav1.Condition {
 	}
 	applies := ""
 	if r.State == meshv1.PodState_POD_STATE_ENFORCED {
-		applies = engine.InForce(r.InboundPolicy)
+		applies = engine.InForce(r.InboundPolicy, r.ProxyGeneration)
 	}
 	also := func(said string) string { return strings.TrimPrefix(applies+"; "+said, "; ") }
 	switch {

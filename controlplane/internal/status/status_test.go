@@ -274,7 +274,7 @@ func TestProgressOfRealStreams(t *testing.T) {
 		}
 	}
 
-	server.SetSnapshot(snapshot(500))
+	server.Set(serve.Version{Snapshot: snapshot(500)})
 	route := names.Route("shop", "web", 80)
 	var nodes []ads
 	for i := range 6 { // the sixth does not use the route
@@ -296,7 +296,7 @@ func TestProgressOfRealStreams(t *testing.T) {
 	}
 	becomes("five nodes use it", "True Programmed 5/5 nodes")
 
-	server.SetSnapshot(snapshot(501))
+	server.Set(serve.Version{Snapshot: snapshot(501)})
 	var answers []*discovery.DeltaDiscoveryResponse
 	for _, s := range nodes[:5] {
 		answers = append(answers, take(s, xds.TypeRoute))

@@ -4,8 +4,11 @@ package watch
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"math"
 	"sync"
 	"time"
 
@@ -14,6 +17,7 @@ import (
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/metadata"
 	"k8s.io/client-go/rest"
 	toolscache "k8s.io/client-go/tools/cache"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
@@ -23,14 +27,16 @@ import (
 
 	"github.com/weftmesh/weft/api/names"
 	"github.com/weftmesh/weft/api/v1alpha1"
+	"github.com/weftmesh/weft/controlplane/internal/epoch"
 	"github.com/weftmesh/weft/controlplane/internal/resolve"
 )
 
 // Config of a Watcher.
 type Config struct {
 	REST *rest.Config
-	// Namespace is weft's own, TrustDomain the default one; both are passed on.
+	// Namespace is weft's own, TrustDomain the default one, SVIDLife how long SVIDs live; all are passed on.
 	Namespace, TrustDomain string
+	SVIDLife               time.Duration
 	Log                    *slog.Logger
 	// MeshConfig and Good are what an earlier leader knew last (package recall).
 	MeshConfig *v1alpha1.MeshConfig
@@ -53,7 +59,13 @@ type Watcher struct {
 
 	mu      sync.Mutex
 	present map[string]bool // kinds that are followed
+	// seen is how far each kind has been followed: no change up to it is missing.
+	seen    epoch.Kinds
 	lasting lasting
+
+	ask            asker
+	authentication keptPolicies[*v1alpha1.AuthenticationPolicy]
+	access         keptPolicies[*v1alpha1.AccessPolicy]
 }
 
 // lasting are the objects whose last form holds when they are gone. Deleting MeshConfig, or its CRD, never means "withdraw";
@@ -111,7 +123,21 @@ func New(c Config) (*Watcher, error) {
 	if err != nil {
 		return nil, fmt.Errorf("watch objects: %w", err)
 	}
-	return &Watcher{config: c, cache: objects, dirty: make(chan struct{}, 1), present: map[string]bool{}, lasting: lasting{mesh: c.MeshConfig}}, nil
+	about, err := metadata.NewForConfigAndClient(c.REST, httpClient)
+	if err != nil {
+		return nil, fmt.Errorf("watch objects: %w", err)
+	}
+	w := &Watcher{config: c, cache: objects, dirty: make(chan struct{}, 1), present: map[string]bool{}, seen: epoch.Kinds{}, lasting: lasting{mesh: c.MeshConfig}, ask: askCRDs(about)}
+	w.authentication.kind, w.access.kind = authenticationPolicies, accessPolicies
+	for _, g := range c.Good {
+		switch {
+		case g.Authentication != nil:
+			w.authentication.know(g.Authentication, g.Lost)
+		case g.Access != nil:
+			w.access.know(g.Access, g.Lost)
+		}
+	}
+	return w, nil
 }
 
 // trimPod keeps what resolve reads: pods are by far the most numerous objects.
@@ -201,7 +227,8 @@ func (w *Watcher) follow(ctx context.Context, k kind, looked func(), failed chan
 		switch {
 		case err == nil:
 			_, err = informer.AddEventHandler(toolscache.ResourceEventHandlerFuncs{
-				AddFunc: func(any) { w.mark() }, UpdateFunc: func(any, any) { w.mark() }, DeleteFunc: func(any) { w.mark() },
+				AddFunc: func(any) { w.mark() }, UpdateFunc: func(any, any) { w.mark() },
+				DeleteFunc: func(o any) { w.deleted(k.name, o); w.mark() },
 			})
 			if err != nil {
 				failed <- fmt.Errorf("watch %s: %w", k.name, err)
@@ -209,6 +236,11 @@ func (w *Watcher) follow(ctx context.Context, k kind, looked func(), failed chan
 			}
 			w.mu.Lock()
 			w.present[k.name] = true
+			if l, ok := informer.(interface{ LastSyncResourceVersion() string }); ok { // what was deleted before leaves no other trace
+				if v := epoch.Version(l.LastSyncResourceVersion()); v != math.MaxUint64 {
+					w.seen.Raise(epoch.Kinds{k.name: v})
+				}
+			}
 			w.mu.Unlock()
 			looked()
 			w.mark()
@@ -237,6 +269,17 @@ func (w *Watcher) follow(ctx context.Context, k kind, looked func(), failed chan
 	}
 }
 
+// deleted notes that a deletion was seen: the object carries the resource version of its end.
+func (w *Watcher) deleted(kind string, o any) {
+	if object, ok := o.(client.Object); ok {
+		if v := epoch.Version(object.GetResourceVersion()); v != math.MaxUint64 {
+			w.mu.Lock()
+			w.seen.Raise(epoch.Kinds{kind: v})
+			w.mu.Unlock()
+		}
+	}
+}
+
 func (w *Watcher) mark() {
 	select {
 	case w.dirty <- struct{}{}:
@@ -246,7 +289,7 @@ func (w *Watcher) mark() {
 
 // read lists everything that is followed.
 func (w *Watcher) read(ctx context.Context, all []kind) (resolve.Input, error) {
-	in := resolve.Input{Namespace: w.config.Namespace, TrustDomain: w.config.TrustDomain, Good: w.config.Good}
+	in := resolve.Input{Namespace: w.config.Namespace, TrustDomain: w.config.TrustDomain, SVIDLife: w.config.SVIDLife, Good: w.config.Good, Made: epoch.Kinds{}}
 	for _, k := range all {
 		w.mu.Lock()
 		present := w.present[k.name]
@@ -254,10 +297,42 @@ func (w *Watcher) read(ctx context.Context, all []kind) (resolve.Input, error) {
 		if !present {
 			continue
 		}
-		if err := k.list(ctx, w.cache, &in); err != nil {
+		newest, err := k.list(ctx, w.cache, &in)
+		if err != nil {
 			return in, fmt.Errorf("list %s: %w", k.name, err)
 		}
+		if newest > 0 {
+			in.Made[k.name] = newest
+		}
 	}
+	w.mu.Lock()
+	w.seen.Raise(in.Made)
+	in.Seen = maps.Clone(w.seen)
+	w.mu.Unlock()
 	w.lasting.complete(&in)
+	w.keep(ctx, &in)
 	return in, nil
+}
+
+// keep puts the policies into an Input that were lost with their CRD.
+func (w *Watcher) keep(ctx context.Context, in *resolve.Input) {
+	w.mu.Lock()
+	authentication, access := w.present[authenticationPolicies], w.present[accessPolicies]
+	w.mu.Unlock()
+	in.Lost = map[string]bool{}
+	var lostAuthentication []*v1alpha1.AuthenticationPolicy
+	var lostAccess []*v1alpha1.AccessPolicy
+	var err, err2 error
+	in.AuthenticationPolicies, lostAuthentication, err = w.authentication.complete(ctx, in.AuthenticationPolicies, authentication, w.ask)
+	in.AccessPolicies, lostAccess, err2 = w.access.complete(ctx, in.AccessPolicies, access, w.ask)
+	for _, p := range lostAuthentication {
+		in.Lost[resolve.GoodAuthentication(p)] = true
+	}
+	for _, p := range lostAccess {
+		in.Lost[resolve.GoodAccess(p)] = true
+	}
+	if err := errors.Join(err, err2); err != nil {
+		w.config.Log.Warn("policies are gone, and it is not known why: they hold until it is", "error", err)
+		time.AfterFunc(retryMissing, w.mark)
+	}
 }

@@ -62,7 +62,8 @@ func findPort(s *ir.Snapshot, key ir.PortKey) *ir.ServicePort {
 	return nil
 }
 
-// podByName finds the pod of a names.PodCluster, and of a names.TCPCluster that names a pod's own address.
+// podByName finds the pod of a names.PodCluster, and of a names.TCPCluster that names a pod's own address, as hooks of an earlier
+// version have Envoy ask.
 func podByName(s *ir.Snapshot, name string) *ir.Pod {
 	if raw, ok := strings.CutPrefix(name, "pod/"); ok {
 		address, err := netip.ParseAddr(raw)

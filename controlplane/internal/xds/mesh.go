@@ -85,6 +85,7 @@ func mesh(s *ir.Snapshot) *meshv1.Mesh {
 	return &meshv1.Mesh{
 		TrustDomain: s.Mesh.TrustDomain, DefaultMode: mode(s.Mesh.DefaultMode), ForbidOptOut: s.Mesh.ForbidOptOut,
 		Uninstall: s.Mesh.Uninstall, ConnectionsPerPod: s.Mesh.ConnectionsPerPod,
+		OwnClientAddress: s.Mesh.OwnClientAddress,
 	}
 }
 
@@ -118,7 +119,7 @@ func localPod(pod *ir.Pod) *meshv1.LocalPod {
 		Uid: pod.UID, Namespace: pod.Key.Namespace, Name: pod.Key.Name, ServiceAccount: pod.ServiceAccount,
 		SpiffeId: pod.SPIFFEID, Stage: stage(pod.Stage), Goal: stage(pod.Goal), InboundPolicy: pod.Policy,
 		ProbePorts: sortedPorts(pod.ProbePorts), ServerFirstPorts: sortedPorts(pod.ServerFirstPorts), Strict: pod.Strict,
-		Addresses: rawAddresses(pod.Addresses), MovedPolicy: pod.Moved,
+		Addresses: rawAddresses(pod.Addresses), MovedPolicy: pod.Moved, Shortcut: pod.Shortcut,
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	cluster "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	upstream "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 
 	"github.com/weftmesh/weft/api/names"
 	"github.com/weftmesh/weft/controlplane/internal/ir"
@@ -140,7 +141,7 @@ func snapshot() *ir.Snapshot {
 		s.Owners[netip.AddrPortFrom(address, 80)] = port.Key
 	}
 	for uid, pod := range map[string]*ir.Pod{
-		"uid-mtls":   {Addresses: addresses("10.1.0.2", "fd00::2"), Goal: ir.Enforced, Stage: ir.Enforced, MTLS: true, Strict: true, Policy: "hash", Moved: "hash", ProbePorts: []uint16{8081, 8080}, ServerFirstPorts: []uint16{3306}},
+		"uid-mtls":   {Addresses: addresses("10.1.0.2", "fd00::2"), Goal: ir.Enforced, Stage: ir.Enforced, MTLS: true, Strict: true, Policy: "hash", Moved: "hash", ProbePorts: []uint16{8081, 8080}, ServerFirstPorts: []uint16{3306}, Shortcut: true},
 		"uid-plain":  {Addresses: addresses("10.1.0.3"), Goal: ir.Enforced, Stage: ir.Captured},
 		"uid-strict": {Addresses: addresses("10.1.0.4"), Goal: ir.Enforced, Stage: ir.Captured, Strict: true},
 		"uid-out":    {Addresses: addresses("10.1.0.5")},
@@ -254,6 +255,23 @@ func TestSameInputSameBytes(t *testing.T) {
 			if string(x) != string(y) {
 				t.Errorf("%s %s: other bytes", r[0], r[1])
 			}
+		}
+	}
+}
+
+// TestPoolAge: callers replace HTTP connections before callees cut them, at 40 % of SVIDs' life.
+func TestPoolAge(t *testing.T) {
+	for life, want := range map[time.Duration]time.Duration{0: 5 * time.Minute, time.Hour: 5 * time.Minute, 6 * time.Minute: 2 * time.Minute, time.Minute: 20 * time.Second} {
+		s := snapshot()
+		s.Mesh.SVIDLife = life
+		var options upstream.HttpProtocolOptions
+		for _, packed := range xds.Cluster(s, "svc/shop/mixed/80").TypedExtensionProtocolOptions {
+			if err := packed.UnmarshalTo(&options); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := options.GetCommonHttpProtocolOptions().GetMaxConnectionDuration().AsDuration(); got != want {
+			t.Errorf("SVIDs live for %s: connections for %s, want %s", life, got, want)
 		}
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -17,12 +16,11 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
 	meshv1 "github.com/weftmesh/weft/api/mesh/v1"
+	"github.com/weftmesh/weft/api/names"
 	"github.com/weftmesh/weft/nodeproxy/internal/enrol"
 	"github.com/weftmesh/weft/nodeproxy/internal/envoy"
 	"github.com/weftmesh/weft/nodeproxy/internal/lds"
@@ -35,14 +33,16 @@ import (
 
 // Config of the agent; see the command's flags.
 type Config struct {
-	Node, Controller, Namespace, Version                  string
+	Node, PodUID, Controller, Namespace, Version          string
 	TokenFile, BundleFile, RunDir, AgentSocket            string
 	BPFFS, CgroupRoot, KubeletCgroup, NRISocket, NetnsDir string
 	BootIDFile, Metrics                                   string
 	EnvoyUID, EnvoyGID                                    int
 	Settle, Linger                                        time.Duration
-	AccessLog                                             bool
-	Log                                                   *slog.Logger
+	// DrainTimeout is how long the supervisor lets connections go on when it ends.
+	DrainTimeout time.Duration
+	AccessLog    bool
+	Log          *slog.Logger
 }
 
 // kernel is what the agent asks of redirect besides what it asks for single pods.
@@ -51,10 +51,14 @@ type kernel interface {
 	SetServices([]redirect.Service) ([]redirect.Refusal, error)
 	SetAddresses([]netip.Addr) ([]netip.Addr, error)
 	AttachProxy(generation uint32, cgroup string) error
+	DetachProxy(generation uint32) error
 	Sweep(age time.Duration) (int, error)
 	SetConnectionsPerPod(n uint32) error
+	SetClientAddress(own bool) error
 	ProbesRefused() error
 	Counters() (map[string]uint64, error)
+	Alive() error
+	Leaving() (int, error)
 	Release() error
 }
 
@@ -71,7 +75,7 @@ type agent struct {
 
 	// allow tells Envoy's broker the network namespaces of pods in the mesh.
 	allow     func() error
-	proxy     atomic.Pointer[envoy.State]
+	proxies   proxies
 	attaching sync.Mutex
 	// wished and policies are what pods were last looked at for.
 	wished, policies seen
@@ -81,14 +85,23 @@ type agent struct {
 	dirty            chan struct{}           // the index changed since it was last written
 	started          chan struct{}           // closed when the agent knows what to do
 
+	ended atomic.Bool
+
 	mu   sync.Mutex
 	conn *grpc.ClientConn
 	due  time.Time // when conn is to be made anew
 }
 
-// Run is the agent. It ends with ctx, and leaves the kernel and Envoy as they are.
+// Run is the agent. It ends with ctx, or when another agent takes the node (ErrSucceeded), and leaves the kernel and Envoy as they
+// are.
 func Run(ctx context.Context, c Config) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	health := serveHTTP(ctx, c, cancel)
 	unlock, err := own(ctx, c)
+	if ctx.Err() != nil {
+		return failure(ctx)
+	}
 	if err != nil {
 		return err
 	}
@@ -113,7 +126,9 @@ func Run(ctx context.Context, c Config) error {
 	a.cache = relay.NewCache(relay.Config{
 		Want: func(k relay.Key, wanted bool) { a.upstream.Want(k, wanted) }, Coming: func(name string) bool { return a.svids.Coming(name) }, Log: c.Log,
 	})
-	a.cache.Pause(true) // until follow has attached the hooks
+	for generation := range uint32(names.Generations) {
+		a.cache.Pause(generation, true) // until follow has attached the hooks
+	}
 	a.upstream = relay.NewUpstream(relay.UpstreamConfig{
 		Connect: a.connection, Node: c.Node, Cache: a.cache, Overlay: overlay(c.Node), Instead: a.instead, Apply: a.apply, Changed: a.changed, Log: c.Log,
 	})
@@ -125,7 +140,7 @@ func Run(ctx context.Context, c Config) error {
 	})
 	a.enroller = enrol.New(enrol.Config{
 		Kernel: spaces, Envoy: a.cache, Identities: a.svids, Wishes: a, Runtime: a.table.Get, Roots: a.self.RootsPEM,
-		Generation: a.generation, Report: a.reporter.Pod, Settle: c.Settle, Linger: c.Linger, AccessLog: c.AccessLog, Log: c.Log,
+		Generation: a.generation, Beside: a.proxies.beside, Report: a.reporter.Pod, Settle: c.Settle, Linger: c.Linger, AccessLog: c.AccessLog, Log: c.Log,
 		Memory: podMemory{a.statePath(podFolder)}, Drain: envoy.DrainTime + drainMargin,
 	})
 	if err := a.restore(); err != nil {
@@ -134,10 +149,27 @@ func Run(ctx context.Context, c Config) error {
 	if err := a.giveNode(); err != nil {
 		return err
 	}
-	if err := a.run(ctx); err != nil {
+	health.shows(a)
+	defer health.shows(nil)
+	defer spaces.close()
+	go func() {
+		if succeeded(ctx, c) {
+			c.Log.Info("the agent of a later pod asks for the node")
+			cancel(ErrSucceeded)
+		}
+	}()
+	if err := a.run(ctx, cancel); err != nil {
 		return err
 	}
 	return a.leave()
+}
+
+// failure is why ctx ended, unless that was asked for from outside.
+func failure(ctx context.Context) error {
+	if err := context.Cause(ctx); err != nil && !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
 }
 
 // giveNode gives Envoy what it has whatever the pods of its node are.
@@ -161,10 +193,34 @@ func (a *agent) leave() error {
 		return nil
 	}
 	a.config.Log.Info("weft is uninstalled: leaving the kernel")
-	if err := a.kernel.Release(); err != nil {
+	if err := errors.Join(a.takeOut(), a.kernel.Release()); err != nil {
 		return fmt.Errorf("leave the kernel: %w; run nodeproxy release", err)
 	}
 	return a.forget()
+}
+
+// takeOut withdraws all pods, and waits for the end of the connections that they have in Envoy: what these need inside the pods
+// could not be removed later. Envoy, which is told to end as well, ends the last of them.
+func (a *agent) takeOut() error {
+	all, err := a.kernel.Pods()
+	for _, p := range all {
+		err = errors.Join(err, a.kernel.Withdraw(p.UID))
+	}
+	said := false
+	for end := time.Now().Add(a.config.DrainTimeout + drainMargin); ; time.Sleep(leaveEvery) {
+		_, failed := a.kernel.Sweep(handoverAge)
+		left, uncounted := a.kernel.Leaving()
+		if soon := time.Now().Add(afterEnvoy); !envoy.Running(a.config.RunDir) && end.After(soon) {
+			end = soon
+		}
+		switch {
+		case left == 0 || time.Now().After(end):
+			return errors.Join(err, failed, uncounted)
+		case !said:
+			said = true
+			a.config.Log.Info("pods have connections in Envoy: waiting for their end", "pods", left, "limit", a.config.DrainTimeout)
+		}
+	}
 }
 
 func kernelConfig(c Config, boot string) redirect.Config {
@@ -175,21 +231,13 @@ func kernelConfig(c Config, boot string) redirect.Config {
 	return k
 }
 
-// own takes the node: a second agent waits until the first has gone.
-func own(ctx context.Context, c Config) (release func(), err error) {
-	if err := os.MkdirAll(c.RunDir, 0o750); err != nil {
-		return nil, fmt.Errorf("make run folder: %w", err)
-	}
-	release, err = envoy.Lock(ctx, filepath.Join(c.RunDir, "agent.lock"), func() { c.Log.Info("another agent has the node, waiting for it to go") })
-	if err != nil {
-		return nil, fmt.Errorf("take the node: %w", err)
-	}
-	return release, nil
-}
-
-func (a *agent) run(ctx context.Context) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+// run is the agent until ctx ends. When it returns nothing of it is at work any more.
+func (a *agent) run(ctx context.Context, cancel context.CancelCauseFunc) error {
+	defer a.ended.Store(true)
+	var jobs sync.WaitGroup
+	defer a.awaitEnd(&jobs)
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	listener, err := a.listen()
 	if err != nil {
 		return err
@@ -202,62 +250,90 @@ func (a *agent) run(ctx context.Context) error {
 			cancel(fmt.Errorf("serve Envoy: %w", err))
 		}
 	}()
-	go a.serveHTTP(ctx, cancel)
-	go envoy.Watch(ctx, filepath.Join(a.config.RunDir, envoy.SupervisorSocket), a.follow)
-	go a.upstream.Run(ctx)
-	go a.reporter.Run(ctx)
-	go a.followBundle(ctx)
-	var recorded sync.WaitGroup
-	defer recorded.Wait()
-	recorded.Go(func() { a.record(ctx) })
-	go func() {
-		if err := a.start(ctx); err != nil && ctx.Err() == nil {
+	for generation := range uint32(names.Generations) {
+		jobs.Go(func() {
+			envoy.Watch(ctx, a.config.RunDir, generation, func(s envoy.State) { a.follow(generation, s) })
+		})
+		jobs.Go(func() { envoy.KeepListeners(ctx, a.config.RunDir, generation) })
+	}
+	jobs.Go(func() { a.upstream.Run(ctx) })
+	jobs.Go(func() { a.reporter.Run(ctx) })
+	jobs.Go(func() { a.followBundle(ctx) })
+	jobs.Go(func() { a.record(ctx) })
+	jobs.Go(func() {
+		if err := a.start(ctx, &jobs); err != nil && ctx.Err() == nil {
 			cancel(err)
 		}
-	}()
+	})
+	if err := a.kernel.Alive(); err != nil {
+		return err
+	}
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
-			if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
-				return err
-			}
-			return nil
+			return failure(ctx)
 		case <-tick.C:
 			a.sweep()
 		}
 	}
 }
 
+// awaitEnd waits for what the agent does beside itself. Its process ends or begins anew right after, and takes the rest with it.
+func (a *agent) awaitEnd(jobs *sync.WaitGroup) {
+	ended := make(chan struct{})
+	go func() { jobs.Wait(); close(ended) }()
+	select {
+	case <-ended:
+	case <-time.After(endLimit):
+		a.config.Log.Warn("not everything has ended in time, going on", "limit", endLimit)
+	}
+}
+
+// over tells whether the agent has ended: what comes late must not touch the kernel, for another may have the node.
+func (a *agent) over() bool { return a.ended.Load() }
+
 // Times of what the kernel needs now and then.
 const (
 	sweepEvery = 5 * time.Second
 	// handoverAge is more than the time after which the kernel gives a connect up, about 130 s.
 	handoverAge = 150 * time.Second
+	// leaveEvery is how often an agent that leaves looks whether connections are left.
+	leaveEvery = 200 * time.Millisecond
+	// afterEnvoy is how soon the kernel has counted out the connections of an Envoy that has ended.
+	afterEnvoy = 2 * time.Second
 	// attachRetry is how soon hooks that could not be attached to Envoy's cgroup are tried again.
 	attachRetry = 200 * time.Millisecond
 	// drainMargin is how long after its drain time Envoy's last connection is surely cut: its workers do it one by one.
 	drainMargin = time.Second
+	// endLimit is how long the end of what the agent does is waited for.
+	endLimit = 5 * time.Second
 	// controllerLimit is how long a controller is waited for when there is a last known state to start from.
 	controllerLimit = 5 * time.Second
 )
 
 // sweep does in the kernel what only time brings, and attaches what somebody else has taken away.
 func (a *agent) sweep() {
+	if err := a.kernel.Alive(); err != nil {
+		a.config.Log.Warn("tell the hooks of the agent", "error", err)
+	}
 	if n, err := a.kernel.Sweep(handoverAge); err != nil {
 		a.config.Log.Warn("sweep hand-overs", "error", err)
 	} else if n > 0 {
 		a.config.Log.Info("hand-overs without an end were forgotten", "count", n)
 	}
-	if s := a.proxy.Load(); s != nil && s.Cgroup != "" {
-		a.attach(*s)
+	for generation := range uint32(names.Generations) {
+		if s := a.proxies.get(generation); s.Cgroup != "" {
+			a.attach(s)
+		}
 	}
+	a.forgetLost()
 }
 
 // know waits until the controller's wishes and the runtime's pods are known, or the former's last known ones have to do. The
 // runtime is not answered before there are wishes to judge its new pods by.
-func (a *agent) know(ctx context.Context) error {
+func (a *agent) know(ctx context.Context, jobs *sync.WaitGroup) error {
 	if !a.upstream.Restored() {
 		select {
 		case <-ctx.Done():
@@ -265,7 +341,7 @@ func (a *agent) know(ctx context.Context) error {
 		case <-a.upstream.Synced():
 		}
 	}
-	go a.table.Run(ctx)
+	jobs.Go(func() { a.table.Run(ctx) })
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
@@ -286,10 +362,11 @@ func (a *agent) know(ctx context.Context) error {
 }
 
 // start begins to enrol once enough is known; Envoy is answered from then on.
-func (a *agent) start(ctx context.Context) error {
-	if err := a.know(ctx); err != nil {
+func (a *agent) start(ctx context.Context, jobs *sync.WaitGroup) error {
+	if err := a.know(ctx, jobs); err != nil {
 		return err
 	}
+	a.await(ctx, 10*time.Second, a.proxies.known) // whose listeners are to be made
 	close(a.started)
 	if _, err := a.giveScopes(a.upstream.Services()); err != nil {
 		return err
@@ -308,7 +385,7 @@ func (a *agent) start(ctx context.Context) error {
 		uids = append(uids, p.UID)
 	}
 	a.cache.Expect(uids)
-	go a.enroller.Run(ctx)
+	jobs.Go(func() { a.enroller.Run(ctx) })
 	for _, p := range a.table.All() {
 		a.enroller.Changed(p.UID)
 	}
@@ -322,7 +399,7 @@ func (a *agent) start(ctx context.Context) error {
 		return true
 	})
 	a.cache.Prime()
-	go a.applyRestored(ctx)
+	jobs.Go(func() { a.applyRestored(ctx) })
 	a.await(ctx, 10*time.Second, func() bool {
 		for _, p := range held {
 			if s, err := a.kernel.Verify(p.UID); err == nil && s.Inbound && len(a.cache.Names(relay.TypeListener, "in/"+p.UID+"/")) == 0 {
@@ -398,91 +475,3 @@ func (a *agent) LocalPod(uid string) *meshv1.LocalPod { return a.upstream.LocalP
 
 // Policy finds an inbound policy.
 func (a *agent) Policy(hash string) *meshv1.InboundPolicy { return a.upstream.Policy(hash) }
-
-// generation is that of the Envoy that serves.
-func (a *agent) generation() (uint32, bool) {
-	s := a.proxy.Load()
-	if s == nil || s.PID == 0 || !a.cache.Connected() {
-		return 0, false
-	}
-	return s.Generation, true
-}
-
-// follow takes the supervisor's news.
-func (a *agent) follow(s envoy.State) {
-	old := a.proxy.Swap(&s)
-	a.reporter.Health(healthOf(s))
-	a.cache.Ended(s.PID == 0)
-	if s.Cgroup == "" {
-		a.cache.Pause(true)
-		return
-	}
-	if old == nil || old.Cgroup != s.Cgroup || old.PID != s.PID {
-		if err := a.allow(); err != nil {
-			a.config.Log.Error("tell Envoy's broker where it may go", "error", err)
-		}
-		a.attachSoon(s)
-		return
-	}
-	a.look()
-}
-
-// attachSoon attaches, and tries again until it worked or there is newer news of Envoy.
-func (a *agent) attachSoon(s envoy.State) {
-	switch now := a.proxy.Load(); {
-	case now == nil || now.Cgroup != s.Cgroup || now.PID != s.PID:
-	case a.attach(s):
-		a.config.Log.Info("Envoy's cgroup is attached", "pid", s.PID, "restarts", s.Restarts)
-		a.look()
-	default:
-		time.AfterFunc(attachRetry, func() { a.attachSoon(s) })
-	}
-}
-
-// attach makes Envoy's cgroup known to the kernel, which exempts its sockets from capture; until it is, Envoy gets no
-// listeners. The folder may have been remade under its old name, so it is looked at again each time.
-func (a *agent) attach(s envoy.State) bool {
-	a.attaching.Lock()
-	defer a.attaching.Unlock()
-	if err := a.kernel.AttachProxy(s.Generation, filepath.Join(a.config.CgroupRoot, s.Cgroup)); err != nil {
-		a.config.Log.Error("attach hooks to Envoy's cgroup", "cgroup", s.Cgroup, "error", err)
-		if errors.Is(err, redirect.ErrStillAttached) {
-			return true
-		}
-		a.cache.Pause(true)
-		return false
-	}
-	a.cache.Pause(false)
-	return true
-}
-
-func (a *agent) serveHTTP(ctx context.Context, cancel context.CancelCauseFunc) {
-	registry := prometheus.NewRegistry()
-	registry.MustRegister(&collector{a})
-	mux := http.NewServeMux()
-	mux.Handle("/metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
-	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("/readyz", func(w http.ResponseWriter, _ *http.Request) {
-		for what, known := range map[string]<-chan struct{}{"the container runtime's pods (NRI)": a.table.Synced(), "the controller's index": a.started} {
-			select {
-			case <-known:
-			default:
-				http.Error(w, "waiting for "+what, http.StatusServiceUnavailable)
-				return
-			}
-		}
-		if _, live := a.generation(); !live {
-			http.Error(w, "waiting for Envoy", http.StatusServiceUnavailable)
-			return
-		}
-		fmt.Fprintln(w, "ok")
-		if err := a.kernel.ProbesRefused(); err != nil { // the node serves all the same
-			fmt.Fprintln(w, "kubelet's probes do not pass Strict pods:", err)
-		}
-	})
-	s := &http.Server{Addr: a.config.Metrics, Handler: mux, ReadHeaderTimeout: 5 * time.Second}
-	context.AfterFunc(ctx, func() { _ = s.Close() })
-	if err := s.ListenAndServe(); err != nil && ctx.Err() == nil {
-		cancel(fmt.Errorf("serve metrics on %s: %w", a.config.Metrics, err))
-	}
-}

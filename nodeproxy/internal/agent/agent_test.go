@@ -54,9 +54,14 @@ type fakeKernel struct {
 	services  [][]redirect.Service
 	addresses [][]netip.Addr
 	attached  []string
+	detached  []uint32
 	broken    error
 	probes    error // why they are refused
 	swept     []time.Duration
+	// clientAddress: whether apps see their own address
+	clientAddress []bool
+	// pods that are enrolled, with how many sweeps find them in use once they are withdrawn, and those that are
+	pods, leaving map[string]int
 	// before is called before services are set.
 	before func()
 }
@@ -88,7 +93,21 @@ func (k *fakeKernel) AttachProxy(generation uint32, cgroup string) error {
 	return nil
 }
 
+func (k *fakeKernel) DetachProxy(generation uint32) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.detached = append(k.detached, generation)
+	return nil
+}
+
 func (k *fakeKernel) SetConnectionsPerPod(uint32) error { return nil }
+
+func (k *fakeKernel) SetClientAddress(own bool) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.clientAddress = append(k.clientAddress, own)
+	return nil
+}
 
 func (k *fakeKernel) ProbesRefused() error { return k.probes }
 
@@ -96,11 +115,36 @@ func (k *fakeKernel) Sweep(age time.Duration) (int, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.swept = append(k.swept, age)
+	for uid := range k.leaving {
+		if k.leaving[uid]--; k.leaving[uid] < 0 {
+			delete(k.leaving, uid)
+		}
+	}
 	return 0, nil
+}
+
+func (k *fakeKernel) Pods() (all []redirect.Pod, err error) {
+	for uid := range k.pods {
+		all = append(all, redirect.Pod{UID: uid})
+	}
+	return all, nil
+}
+
+func (k *fakeKernel) Withdraw(uid string) error {
+	k.leaving[uid] = k.pods[uid]
+	delete(k.pods, uid)
+	return nil
+}
+
+func (k *fakeKernel) Leaving() (int, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return len(k.leaving), nil
 }
 
 func (k *fakeKernel) Counters() (map[string]uint64, error) { return nil, nil }
 func (k *fakeKernel) Release() error                       { return nil }
+func (k *fakeKernel) Alive() error                         { return nil }
 
 // captured are the services that were set last, and how often any were.
 func (k *fakeKernel) captured() (last []redirect.Service, times int) {
@@ -156,6 +200,7 @@ func newBench(t *testing.T, runDir string) *bench {
 	a.reporter = report.New(report.Config{Conn: b.controller.Connect, Node: "n1", BootID: "boot", Log: log})
 	a.self = svid.NewAgent(svid.AgentConfig{Log: log})
 	a.enroller = enrol.New(enrol.Config{Kernel: b.kernel, Envoy: a.cache, Roots: a.self.RootsPEM, Log: log})
+	a.proxies.take(1, envoy.State{}, "") // there is one supervisor at most
 	b.agent = a
 	if err := a.restore(); err != nil {
 		t.Fatal(err)
@@ -301,11 +346,11 @@ func TestLastKnownState(t *testing.T) {
 func TestEnvoyWaitsForItsHooks(t *testing.T) {
 	b := newBench(t, t.TempDir())
 	b.cache.Prime()
-	b.cache.Pause(true)
+	b.cache.Pause(0, true)
 	e := b.envoy(t, relay.TypeScope)
 	b.kernel.broken = errors.New("no such cgroup")
 	state := envoy.State{Generation: 0, PID: 7, Cgroup: "/weft/envoy"}
-	b.follow(state)
+	b.follow(0, state)
 	until(t, "attaching was tried", func() bool { return strings.Contains(b.log.String(), "no such cgroup") })
 	select {
 	case r := <-e.got:
@@ -327,13 +372,13 @@ func TestEnvoyWaitsForItsHooks(t *testing.T) {
 		t.Error("sweeping does not look at Envoy's cgroup")
 	}
 	// The same news is none; another process is.
-	b.follow(state)
+	b.follow(0, state)
 	if b.kernel.attachments() != before+1 {
 		t.Error("the same Envoy was attached again")
 	}
-	b.follow(envoy.State{})
+	b.follow(0, envoy.State{})
 	state.PID = 8
-	b.follow(state)
+	b.follow(0, state)
 	if b.kernel.attachments() != before+2 {
 		t.Error("another Envoy was not attached")
 	}

@@ -29,7 +29,7 @@ func (a *agent) apply(ctx context.Context, typeURL string) error {
 	switch typeURL {
 	case relay.TypeMesh:
 		if m := a.upstream.Mesh(); m != nil {
-			return a.kernel.SetConnectionsPerPod(m.ConnectionsPerPod)
+			return errors.Join(a.kernel.SetConnectionsPerPod(m.ConnectionsPerPod), a.kernel.SetClientAddress(m.OwnClientAddress))
 		}
 	case relay.TypeService:
 		return a.applyServices(ctx)
@@ -227,18 +227,7 @@ func ports(services []*meshv1.Service) iter.Seq2[netip.AddrPort, *meshv1.Service
 func (a *agent) applyWorkloads() error {
 	a.applied.Lock()
 	defer a.applied.Unlock()
-	var addresses []netip.Addr
-	for _, w := range a.upstream.Workloads() {
-		if !w.Mtls {
-			continue
-		}
-		for _, raw := range w.Addresses {
-			if address, ok := netip.AddrFromSlice(raw); ok {
-				addresses = append(addresses, address.Unmap())
-			}
-		}
-	}
-	left, err := a.kernel.SetAddresses(addresses)
+	left, err := a.kernel.SetAddresses(a.upstream.Captured())
 	if err != nil {
 		return fmt.Errorf("capture pod addresses: %w", err)
 	}
@@ -319,7 +308,6 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	out <- prometheus.MustNewConstMetric(noProbes, prometheus.GaugeValue, refused)
 	out <- prometheus.MustNewConstMetric(preexisting, prometheus.GaugeValue, float64(c.agent.reporter.Preexisting()))
 	out <- prometheus.MustNewConstMetric(unheld, prometheus.GaugeValue, float64(c.agent.reporter.Unheld()))
-	if s := c.agent.proxy.Load(); s != nil {
-		out <- prometheus.MustNewConstMetric(proxyDied, prometheus.CounterValue, float64(s.Restarts))
-	}
+	_, s := c.agent.proxies.serving()
+	out <- prometheus.MustNewConstMetric(proxyDied, prometheus.CounterValue, float64(s.Restarts))
 }

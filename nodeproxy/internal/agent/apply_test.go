@@ -199,3 +199,16 @@ func TestPeersAreCapturedByAddress(t *testing.T) {
 		t.Errorf("captured %v, want those that speak mTLS", got)
 	}
 }
+
+func TestClientAddressReachesTheKernel(t *testing.T) {
+	b := newBench(t, t.TempDir())
+	b.connect(t)
+	for _, own := range []bool{false, true, false} {
+		b.answered(t, b.controller.Send(t, relay.TypeMesh, map[string]proto.Message{"mesh": &meshv1.Mesh{OwnClientAddress: own}}))
+		b.kernel.mu.Lock()
+		if told := b.kernel.clientAddress; len(told) == 0 || told[len(told)-1] != own {
+			t.Errorf("the controller says %v and has an answer, the kernel was told %v", own, told)
+		}
+		b.kernel.mu.Unlock()
+	}
+}

@@ -128,7 +128,7 @@ func (a *agent) confirm(ctx context.Context, hash string) {
 // no Envoy runs: the next one gets nothing older. An Envoy that runs without a stream may trust anything.
 func (a *agent) envoyTrusts(ctx context.Context) error {
 	for {
-		if s := a.proxy.Load(); s != nil && s.PID == 0 {
+		if a.proxies.ended() {
 			return nil
 		}
 		limited, cancel := context.WithTimeout(ctx, lookAgain)

@@ -71,7 +71,7 @@ func TestTrustBundleIsConfirmedWhenEnvoyHasIt(t *testing.T) {
 	const rule, unused = "rule/pod/80", "rule/other/80"
 	b := newBench(t, t.TempDir())
 	b.cache.Prime()
-	b.follow(running)
+	b.follow(0, running)
 	b.self.SetRoots([][]byte{{1}})
 	if err := b.giveBundle(); err != nil {
 		t.Fatal(err)
@@ -133,24 +133,24 @@ func TestWhoseTrustIsWaitedFor(t *testing.T) {
 		given func(*testing.T, *bench)
 		waits bool
 	}{
-		{"no Envoy runs", func(_ *testing.T, b *bench) { b.follow(envoy.State{}) }, false},
+		{"no Envoy runs", func(_ *testing.T, b *bench) { b.follow(0, envoy.State{}) }, false},
 		{"the supervisor has not said", func(*testing.T, *bench) {}, true},
-		{"Envoy runs without a stream", func(_ *testing.T, b *bench) { b.follow(running) }, true},
+		{"Envoy runs without a stream", func(_ *testing.T, b *bench) { b.follow(0, running) }, true},
 		{"Envoy has not said all that it asks for", func(t *testing.T, b *bench) {
-			b.follow(running)
+			b.follow(0, running)
 			e := b.envoy(t, relay.TypeScope)
 			e.next(t)
 		}, true},
 		{"Envoy asked for a rule that it had of the agent before", func(t *testing.T, b *bench) {
-			b.follow(running)
+			b.follow(0, running)
 			b.secrets(t, "rule/pod/80")
 		}, true},
 		{"Envoy asked for no secret", func(t *testing.T, b *bench) {
-			b.follow(running)
+			b.follow(0, running)
 			b.secrets(t)
 		}, false},
 		{"Envoy asked for another secret", func(t *testing.T, b *bench) {
-			b.follow(running)
+			b.follow(0, running)
 			b.secrets(t, "spiffe://cluster.local/ns/shop/sa/web")
 		}, false},
 	} {
@@ -179,7 +179,7 @@ func TestWhoseTrustIsWaitedFor(t *testing.T) {
 func TestRefusedTrustBundleIsNotConfirmed(t *testing.T) {
 	b := newBench(t, t.TempDir())
 	b.cache.Prime()
-	b.follow(running)
+	b.follow(0, running)
 	b.self.SetRoots([][]byte{{1}})
 	if err := b.giveBundle(); err != nil {
 		t.Fatal(err)

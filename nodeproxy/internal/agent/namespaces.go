@@ -25,6 +25,7 @@ type namespaces struct {
 	// cookies are those of pods in the mesh; left those of pods that have just left.
 	cookies map[string]uint64
 	left    map[uint64]bool
+	closed  bool
 }
 
 // newNamespaces begins with the pods that an agent before this one enrolled.
@@ -86,9 +87,19 @@ func (n *namespaces) Withdraw(uid string) error {
 func (n *namespaces) Write() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if n.closed {
+		return nil
+	}
 	all := maps.Clone(n.left)
 	for _, cookie := range n.cookies {
 		all[cookie] = true
 	}
 	return envoy.AllowNamespaces(n.runDir, slices.Collect(maps.Keys(all)))
+}
+
+// close ends writing: another agent may have the node.
+func (n *namespaces) close() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.closed = true
 }

@@ -30,8 +30,12 @@ func (k *enrolling) Verify(string) (redirect.State, error) {
 // TestBrokerMayEnterPodsOfTheMesh, those of an agent before this one among them, until Envoy has cut what it had of them.
 func TestBrokerMayEnterPodsOfTheMesh(t *testing.T) {
 	dir := t.TempDir()
+	folder := filepath.Join(dir, "generation-1") // of a supervisor
+	if err := os.Mkdir(folder, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	written := func() string {
-		got, err := os.ReadFile(filepath.Join(dir, "namespaces"))
+		got, err := os.ReadFile(filepath.Join(folder, "namespaces"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -77,4 +81,10 @@ func TestBrokerMayEnterPodsOfTheMesh(t *testing.T) {
 	for end := time.Now().Add(10 * time.Second); written() != "" && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 	}
 	expect("in the end")
+	k.cookie = 9
+	n.close()
+	if err := n.Enrol(redirect.Pod{UID: "late"}); err != nil {
+		t.Error(err)
+	}
+	expect("after another agent has the node")
 }

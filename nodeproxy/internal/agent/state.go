@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"time"
 
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/weftmesh/weft/nodeproxy/internal/envoy"
 	"github.com/weftmesh/weft/nodeproxy/internal/recall"
 	"github.com/weftmesh/weft/nodeproxy/internal/relay"
 )
@@ -25,10 +27,12 @@ const (
 	podFolder = "pods"
 	// recordPause is the least time between two writes of the index.
 	recordPause = time.Second
+	// quiet is how long the index has not changed before memory is given back.
+	quiet = 3 * time.Second
 )
 
 // ofNode are the types that are about this node's pods.
-var ofNode = []string{relay.TypeMesh, relay.TypeNamespace, relay.TypeLocalPod, relay.TypeInboundPolicy}
+var ofNode = []string{relay.TypeSeen, relay.TypeMesh, relay.TypeNamespace, relay.TypeLocalPod, relay.TypeInboundPolicy}
 
 func (a *agent) statePath(file string) string {
 	return filepath.Join(a.config.RunDir, stateFolder, file)
@@ -61,10 +65,16 @@ func (a *agent) changed(typeURL string) {
 	}
 }
 
-// record writes the index after changes, and once more when ctx ends.
+// record writes the index after changes, and once more when ctx ends. A large change takes several times the memory that it
+// leaves in use; what is left over goes back to the machine when it is quiet again, which the runtime would not do by itself.
 func (a *agent) record(ctx context.Context) {
+	var still <-chan time.Time
 	for {
 		select {
+		case <-still:
+			debug.FreeOSMemory()
+			still = nil
+			continue
 		case <-ctx.Done():
 			select {
 			case <-a.dirty:
@@ -81,6 +91,7 @@ func (a *agent) record(ctx context.Context) {
 			return
 		case <-time.After(recordPause):
 		}
+		still = time.After(quiet)
 	}
 }
 
@@ -101,10 +112,15 @@ func (a *agent) save(file string) {
 	}
 }
 
-// forget removes the state, when weft leaves the node for good.
+// forget removes what is kept in the run folder, when weft leaves the node for good: of Envoys as well, if their supervisors were
+// killed and nothing else will.
 func (a *agent) forget() error {
-	if err := os.RemoveAll(a.statePath("")); err != nil {
-		return fmt.Errorf("remove last known state: %w", err)
+	err := os.RemoveAll(a.statePath(""))
+	for _, name := range ownerFiles {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(a.config.RunDir, name)))
+	}
+	if err = errors.Join(err, envoy.Clear(a.config.RunDir)); err != nil {
+		return fmt.Errorf("clear the run folder: %w", err)
 	}
 	return nil
 }

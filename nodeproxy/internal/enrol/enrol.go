@@ -30,6 +30,7 @@ type Kernel interface {
 	Capture(uid string, inbound, outbound bool) error
 	SetMode(uid string, mode redirect.Mode) error
 	Flip(uid string, generation uint32) error
+	SetShortcut(uid string, on bool) error
 	Withdraw(uid string) error
 	Verify(uid string) (redirect.State, error)
 	Pods() ([]redirect.Pod, error)
@@ -76,9 +77,12 @@ type Config struct {
 	Runtime func(uid string) (pods.Pod, bool)
 	// Roots is the trust bundle, PEM.
 	Roots func() ([]byte, error)
-	// Generation of the Envoy that serves; false: none does.
+	// Generation of the Envoy that new connections are to go to; false: it does not serve.
 	Generation func() (uint32, bool)
-	Report     func(*meshv1.PodReport)
+	// Beside are other generations, whose Envoys serve the connections that they have: they get the same listeners, on ports of
+	// their own. Nil: there are none.
+	Beside func() []uint32
+	Report func(*meshv1.PodReport)
 	// Settle is how long after the end of capture a pod's listeners stay at least, for connections that are still on their
 	// way, and how long Envoys' workers take at most to have what Envoys acknowledged; Linger how long the listeners stay at
 	// most while connections use them.
@@ -91,13 +95,15 @@ type Config struct {
 
 // Limits of waiting for one step, and the time between two looks at the kernel.
 const (
-	stepLimit   = 15 * time.Second
-	adoptLimit  = time.Second
-	hearLimit   = time.Second
-	listenPoll  = 2 * time.Millisecond
-	verifyEvery = 5 * time.Second
-	lookAgain   = time.Second
-	workers     = 32 // most of them wait for SVIDs or Envoy, if at all
+	stepLimit  = 15 * time.Second
+	adoptLimit = time.Second
+	hearLimit  = time.Second
+	// accompanyLimit is for Envoys of other generations.
+	accompanyLimit = 2 * time.Second
+	listenPoll     = 2 * time.Millisecond
+	verifyEvery    = 5 * time.Second
+	lookAgain      = time.Second
+	workers        = 32 // most of them wait for SVIDs or Envoy, if at all
 )
 
 // Enroller turns pods.
@@ -112,6 +118,8 @@ type Enroller struct {
 
 	mu   sync.Mutex
 	pods map[string]*state
+	// went are the generations that captured pods' new connections go to, by uid.
+	went map[string]uint32
 	// holds are the pods whose containers wait, by uid; waits is what they have cost the node lately.
 	holds map[string]*hold
 	waits budget
@@ -151,14 +159,16 @@ type state struct {
 	drifted []string
 	mended  time.Time
 	took    time.Duration
-	failure string
-	reason  string
+	// noShortcut is why the kernel cannot have the pod's short circuit.
+	noShortcut string
+	failure    string
+	reason     string
 }
 
 // New makes an Enroller; Run turns it.
 func New(c Config) *Enroller {
 	return &Enroller{
-		config: c, inspect: inspectNetns, count: countEstablished, now: time.Now, pods: map[string]*state{}, holds: map[string]*hold{}, rules: map[string]lds.RuleSecret{},
+		config: c, inspect: inspectNetns, count: countEstablished, now: time.Now, pods: map[string]*state{}, went: map[string]uint32{}, holds: map[string]*hold{}, rules: map[string]lds.RuleSecret{},
 		queue: workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](200*time.Millisecond, 10*time.Second)),
 	}
 }
@@ -183,9 +193,31 @@ func (e *Enroller) Adopt() error {
 			e.forget(p.UID)
 			continue
 		}
+		if now, err := e.config.Kernel.Verify(p.UID); err == nil && now.Inbound && !now.Gated {
+			e.goes(p.UID, now.Generation)
+		}
 		e.Changed(p.UID)
 	}
 	return nil
+}
+
+// goes notes the Envoy that a pod's new connections go to.
+func (e *Enroller) goes(uid string, generation uint32) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.went[uid] = generation
+}
+
+// Elsewhere counts the captured pods whose new connections go to another generation of Envoy.
+func (e *Enroller) Elsewhere(generation uint32) (n int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, g := range e.went {
+		if g != generation {
+			n++
+		}
+	}
+	return n
 }
 
 // Run turns pods until ctx ends. Nothing is withdrawn then.

@@ -39,6 +39,50 @@ func TestCaptureComesAfterListeners(t *testing.T) {
 	w.never(t, "Envoy gets")
 }
 
+// The label switches a running pod's short circuit, and what an agent before left on goes.
+func TestShortcutFollowsTheLabel(t *testing.T) {
+	w := newWorld()
+	w.wish.Stage = captured
+	e := w.enroller()
+	turn(t, e)
+	w.never(t, "short circuit")
+	w.wish.Shortcut = true
+	w.clear()
+	turn(t, e)
+	w.inOrder(t, "short circuit true", "report CAPTURED")
+	w.never(t, "capture")
+	if r := w.report(t); !r.Shortcut || r.ShortcutRefused != "" {
+		t.Errorf("reported %v", r)
+	}
+	w.held[uid].Shortcut = false // behind the agent's back
+	turn(t, e)
+	if r := w.report(t); !r.Shortcut {
+		t.Errorf("reported %v", r)
+	}
+	w.wish.Shortcut = false
+	turn(t, w.enroller()) // another agent
+	w.inOrder(t, "short circuit true", "short circuit false")
+	if r := w.report(t); r.Shortcut || r.State != meshv1.PodState_POD_STATE_CAPTURED {
+		t.Errorf("reported %v", r)
+	}
+}
+
+func TestPodIsInTheMeshWhereTheKernelHasNoShortcut(t *testing.T) {
+	w := newWorld()
+	w.wish.Stage, w.wish.Shortcut = captured, true
+	w.fail["short circuit true"] = fmt.Errorf("kernel 6.1 is too old: %w", redirect.ErrUnsupported)
+	e := w.enroller()
+	turn(t, e)
+	if r := w.report(t); r.State != meshv1.PodState_POD_STATE_CAPTURED || r.Shortcut || !strings.Contains(r.ShortcutRefused, "too old") {
+		t.Errorf("reported %v", r)
+	}
+	w.wish.Shortcut = false
+	turn(t, e)
+	if r := w.report(t); r.ShortcutRefused != "" {
+		t.Errorf("reported %v", r)
+	}
+}
+
 // An acknowledgement alone is not enough: Envoy gives it before its workers listen.
 func TestCaptureWaitsForTheSocketMap(t *testing.T) {
 	w := newWorld()

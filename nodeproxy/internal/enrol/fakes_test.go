@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	meshv1 "github.com/weftmesh/weft/api/mesh/v1"
+	"github.com/weftmesh/weft/api/names"
 	"github.com/weftmesh/weft/nodeproxy/internal/pods"
 	"github.com/weftmesh/weft/nodeproxy/internal/relay"
 	"github.com/weftmesh/weft/nodeproxy/internal/svid"
@@ -56,7 +57,10 @@ type world struct {
 	policies map[string]*meshv1.InboundPolicy
 	running  map[string]pods.Pod
 	noEnvoy  bool
-	reports  []*meshv1.PodReport
+	// generation serves, those beside it serve what they have.
+	generation uint32
+	beside     []uint32
+	reports    []*meshv1.PodReport
 }
 
 // newWorld has one running pod that the controller speaks of.
@@ -84,7 +88,8 @@ func (w *world) enroller() *Enroller {
 			return p, ok
 		},
 		Roots:      func() ([]byte, error) { return []byte(w.roots), nil },
-		Generation: func() (uint32, bool) { return 0, !w.noEnvoy },
+		Generation: func() (uint32, bool) { return w.generation, !w.noEnvoy },
+		Beside:     func() []uint32 { return w.beside },
 		Report: func(r *meshv1.PodReport) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
@@ -237,8 +242,10 @@ func (k *fakeKernel) listening() (out []redirect.Listener) {
 		name string
 		role redirect.Role
 	}{{"out/", redirect.RoleOut}, {"in/", redirect.RoleIn}, {"in-first/", redirect.RoleInFirst}} {
-		if !k.deaf && !k.lost && len((*fakeEnvoy)(k).Names(relay.TypeListener, l.name)) > 0 {
-			out = append(out, redirect.Listener{Role: l.role})
+		for _, name := range (*fakeEnvoy)(k).Names(relay.TypeListener, l.name) {
+			if generation, ok := names.ListenerGeneration(name); ok && !k.deaf && !k.lost {
+				out = append(out, redirect.Listener{Role: l.role, Generation: generation})
+			}
 		}
 	}
 	return out
@@ -276,6 +283,18 @@ func (k *fakeKernel) Flip(uid string, generation uint32) error {
 		s.Generation = generation
 	}
 	return err
+}
+
+func (k *fakeKernel) SetShortcut(uid string, on bool) error {
+	s, err := k.pod(uid)
+	if err != nil || s.Shortcut == on {
+		return err
+	}
+	if err := (*world)(k).event("short circuit %t", on); err != nil {
+		return err
+	}
+	s.Shortcut = on
+	return nil
 }
 
 func (k *fakeKernel) Withdraw(uid string) error {

@@ -10,6 +10,7 @@ import (
 	listener "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 
 	meshv1 "github.com/weftmesh/weft/api/mesh/v1"
+	"github.com/weftmesh/weft/api/names"
 	"github.com/weftmesh/weft/nodeproxy/internal/lds"
 	"github.com/weftmesh/weft/nodeproxy/internal/relay"
 	"github.com/weftmesh/weft/redirect"
@@ -30,14 +31,48 @@ func (e *Enroller) listen(ctx context.Context, s *state, wish *meshv1.LocalPod, 
 		e.restore(s, wish)
 		return err
 	}
-	e.config.Envoy.Complete(s.pod.UID)
-	e.dropRules(s.pod.UID, rules)
 	if lds.Drops(s.inbound.given, listeners) {
 		s.inbound.drained = e.now().Add(e.config.Drain)
 	}
 	s.inbound.forms, s.inbound.given = forms, listeners
 	e.remember(s)
+	e.accompany(ctx, s, wish)
+	e.config.Envoy.Complete(s.pod.UID)
+	if !s.inbound.behind { // else an Envoy may still need others
+		e.dropRules(s.pod.UID, rules)
+	}
 	return nil
+}
+
+// accompany gives the Envoys of other generations a pod's listeners too: connections that they have are under the pod's policy as
+// well. One that does not take them holds up nothing but the word that the policy is settled.
+func (e *Enroller) accompany(ctx context.Context, s *state, wish *meshv1.LocalPod) {
+	ctx, cancel := context.WithTimeout(ctx, accompanyLimit)
+	defer cancel()
+	pod := e.pod(s, wish, s.inbound.forms)
+	late := s.inbound.behind
+	s.inbound.behind = false
+	for _, pod.Generation = range e.beside() {
+		listeners, err := lds.Listeners(pod)
+		if err == nil {
+			err = e.give(ctx, s, pod.Generation, listeners)
+		}
+		if err != nil {
+			e.config.Log.Warn("an Envoy that serves older connections is behind", "pod", s.pod.UID, "generation", pod.Generation, "error", err)
+			s.inbound.behind = true
+		}
+	}
+	if late && !s.inbound.behind { // what it had goes now
+		s.inbound.drained = e.now().Add(e.config.Drain)
+		e.dropRules(s.pod.UID, lds.RuleSecrets(pod))
+	}
+}
+
+func (e *Enroller) beside() []uint32 {
+	if e.config.Beside == nil {
+		return nil
+	}
+	return e.config.Beside()
 }
 
 // serve brings listeners into force. A rule that Envoy has by its name changes after them, for it only ever lets more in
@@ -46,7 +81,7 @@ func (e *Enroller) serve(ctx context.Context, s *state, listeners []*listener.Li
 	if _, err := e.authorise(e.unknown(rules)); err != nil {
 		return err
 	}
-	if err := e.give(ctx, s, listeners); err != nil {
+	if err := e.give(ctx, s, s.generation, listeners); err != nil {
 		return err
 	}
 	versions, err := e.authorise(rules)
@@ -76,7 +111,7 @@ func (e *Enroller) restore(s *state, wish *meshv1.LocalPod) {
 		e.config.Log.Warn("give Envoy the last good listeners", "pod", s.pod.UID, "error", err)
 		return
 	}
-	e.dropListeners(s, s.inbound.given)
+	e.dropListeners(s, s.generation, s.inbound.given)
 	e.dropRules(s.pod.UID, rules)
 }
 
@@ -132,8 +167,8 @@ func (e *Enroller) dropRules(podUID string, stay []lds.RuleSecret) {
 	}
 }
 
-// give gives Envoy listeners, and takes the pod's others away when it has acknowledged them.
-func (e *Enroller) give(ctx context.Context, s *state, listeners []*listener.Listener) error {
+// give gives a generation of Envoy listeners, and takes the pod's others away when it has acknowledged them.
+func (e *Enroller) give(ctx context.Context, s *state, generation uint32, listeners []*listener.Listener) error {
 	versions := map[relay.Key]string{}
 	for _, l := range listeners {
 		version, err := e.config.Envoy.Set(l.Name, l)
@@ -145,15 +180,16 @@ func (e *Enroller) give(ctx context.Context, s *state, listeners []*listener.Lis
 	if err := e.acknowledged(ctx, versions); err != nil {
 		return err
 	}
-	e.dropListeners(s, listeners)
+	e.dropListeners(s, generation, listeners)
 	return nil
 }
 
-// dropListeners takes a pod's listeners away but those that stay.
-func (e *Enroller) dropListeners(s *state, stay []*listener.Listener) {
+// dropListeners takes a pod's listeners of a generation away but those that stay.
+func (e *Enroller) dropListeners(s *state, generation uint32, stay []*listener.Listener) {
 	for _, direction := range []string{"out", "in", "in-first"} {
 		for _, name := range e.config.Envoy.Names(relay.TypeListener, direction+"/"+s.pod.UID+"/") {
-			if !slices.ContainsFunc(stay, func(l *listener.Listener) bool { return l.Name == name }) {
+			of, _ := names.ListenerGeneration(name)
+			if of == generation && !slices.ContainsFunc(stay, func(l *listener.Listener) bool { return l.Name == name }) {
 				e.config.Envoy.Delete(relay.Key{TypeURL: relay.TypeListener, Name: name})
 			}
 		}

@@ -38,6 +38,8 @@ type inbound struct {
 	// settled is the policy that alone is in force.
 	settled string
 	refused *refused
+	// behind: an Envoy of another generation has not taken the listeners yet.
+	behind bool
 }
 
 // refused is a policy that Envoy did not take, and what it said.
@@ -200,7 +202,7 @@ func (e *Enroller) retire(ctx context.Context, s *state, wish *meshv1.LocalPod) 
 func (e *Enroller) settle(s *state) (again time.Duration) {
 	in := &s.inbound
 	current := in.current()
-	alone := s.stage == meshv1.Stage_STAGE_ENFORCED && len(in.forms) == 1
+	alone := s.stage == meshv1.Stage_STAGE_ENFORCED && len(in.forms) == 1 && !in.behind
 	if wait := in.drained.Sub(e.now()); alone && wait > 0 {
 		alone, again = false, wait
 	}

@@ -121,7 +121,7 @@ func (e *Enroller) listenAgain(ctx context.Context, s *state) error {
 	if len(deaf) == 0 {
 		return nil
 	}
-	if err := e.give(ctx, s, s.inbound.given); err != nil {
+	if err := e.give(ctx, s, s.generation, s.inbound.given); err != nil {
 		return err
 	}
 	return e.listening(ctx, s, len(s.inbound.given))

@@ -18,6 +18,7 @@ func (e *Enroller) report(s *state, wish *meshv1.LocalPod) (left bool) {
 		r.Took = durationpb.New(s.took)
 	}
 	now, err := e.config.Kernel.Verify(s.pod.UID)
+	r.Shortcut, r.ShortcutRefused = now.Shortcut, s.noShortcut
 	drift := now.Drift
 	if err == nil && s.complete {
 		drift = s.drift(now)
@@ -44,6 +45,7 @@ func (e *Enroller) report(s *state, wish *meshv1.LocalPod) (left bool) {
 	if serves && r.Reason == "" && e.unsure(s) > 0 {
 		r.Reason, r.Message = names.ReasonDrift, "repaired, to be looked at once more: "+strings.Join(s.drifted, "; ")
 	}
+	r.ProxyGeneration = now.Generation
 	e.config.Report(r)
 	return left
 }

@@ -31,6 +31,9 @@ func (e *Enroller) step(ctx context.Context, s *state, wish *meshv1.LocalPod) er
 	if err := e.capture(ctx, s, wish); err != nil {
 		return err
 	}
+	if err := e.shortcut(s, wish); err != nil {
+		return err
+	}
 	policy := (*meshv1.InboundPolicy)(nil)
 	target = s.target(wish) // by now it may enforce, as the agent before this one left it
 	if target != meshv1.Stage_STAGE_ENFORCED {
@@ -65,6 +68,9 @@ func (e *Enroller) early(s *state) time.Duration {
 func (e *Enroller) capture(ctx context.Context, s *state, wish *meshv1.LocalPod) error {
 	generation, live := e.config.Generation()
 	if s.complete && s.generation == generation {
+		if s.inbound.behind {
+			e.accompany(ctx, s, wish)
+		}
 		return e.repair(ctx, s, live)
 	}
 	s.complete = false
@@ -94,7 +100,9 @@ func (e *Enroller) capture(ctx context.Context, s *state, wish *meshv1.LocalPod)
 	if err := e.config.Kernel.Enrol(kernelPod(s.pod)); err != nil {
 		return refuse(err)
 	}
-	s.prepared, s.generation = true, generation
+	if s.prepared = true; s.generation != generation {
+		s.generation, s.inbound.given = generation, nil // the other's are not these
+	}
 	if held {
 		e.recall(s, wish)
 	}
@@ -104,6 +112,7 @@ func (e *Enroller) capture(ctx context.Context, s *state, wish *meshv1.LocalPod)
 	if err := e.config.Kernel.Flip(s.pod.UID, generation); err != nil {
 		return fmt.Errorf("switch to Envoy generation %d: %w", generation, err)
 	}
+	e.goes(s.pod.UID, generation)
 	current := s.inbound.current()
 	mode := modeOf(wish, current)
 	if err := e.config.Kernel.SetMode(s.pod.UID, mode); err != nil {
@@ -114,6 +123,16 @@ func (e *Enroller) capture(ctx context.Context, s *state, wish *meshv1.LocalPod)
 	}
 	s.stage, s.mode, s.leaving, s.left, s.complete, s.gated = current.stage, mode, time.Time{}, time.Time{}, true, false
 	return nil
+}
+
+// shortcut switches the short circuit of a captured pod. A kernel that cannot have it is no failure: the pod says so.
+func (e *Enroller) shortcut(s *state, wish *meshv1.LocalPod) error {
+	err := e.config.Kernel.SetShortcut(s.pod.UID, wish.Shortcut)
+	s.noShortcut = ""
+	if errors.Is(err, redirect.ErrUnsupported) {
+		s.noShortcut, err = err.Error(), nil
+	}
+	return err
 }
 
 // open gives Envoy the listeners of a pod that is to be captured. Those of a pod that is captured already come back as they
@@ -255,6 +274,9 @@ func (e *Enroller) end(s *state) error {
 	}
 	e.config.Identities.Leave(s.account, s.pod.UID)
 	e.forget(s.pod.UID)
+	e.mu.Lock()
+	delete(e.went, s.pod.UID)
+	e.mu.Unlock()
 	s.older = 0
 	s.prepared, s.complete, s.stage, s.inbound, s.leaving, s.left, s.moved = false, false, meshv1.Stage_STAGE_OUT, inbound{}, time.Time{}, time.Time{}, time.Time{}
 	return nil

@@ -52,6 +52,13 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if len(os.Args) > 2 && os.Args[1] == "supervise" {
+		if err := superviseAlone(os.Args[2]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	dir, err := os.MkdirTemp("", "weft-envoy-bin-")
 	if err == nil {
 		err = os.Chmod(dir, 0o755)
@@ -152,8 +159,16 @@ func (s *states) reached(restarts uint32) (time.Time, bool) {
 	return time.Time{}, false
 }
 
-// start runs a supervisor and an agent that has what change gives it.
+// start runs a supervisor, configured as change leaves it, and an agent.
 func start(t *testing.T, change func(*Config)) *bench {
+	t.Helper()
+	b := prepare(t, change)
+	b.run(t)
+	return b
+}
+
+// prepare makes what start runs.
+func prepare(t *testing.T, change func(*Config)) *bench {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Fatal("the supervisor needs root: it makes a cgroup and changes users")
@@ -174,7 +189,7 @@ func start(t *testing.T, change func(*Config)) *bench {
 	b.config = Config{
 		Binary: binary, Launcher: launcher, RunDir: filepath.Join(dir, "run"), NodeID: "envoytest-" + filepath.Base(dir), PodUID: "pod",
 		CgroupRoot: cgroupRoot(t), SelfCgroup: "/nonexistent", Concurrency: 1, DrainTimeout: 50 * time.Millisecond, UID: testUID, GID: testUID,
-		LogLevel: "warning", Log: slog.New(slog.NewTextHandler(b.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
+		LogLevel: "warning", Log: newLog(b.log),
 	}
 	if change != nil {
 		change(&b.config)
@@ -184,7 +199,6 @@ func start(t *testing.T, change func(*Config)) *bench {
 		b.set(t, c.Name, c)
 	}
 	b.cache.Prime()
-	b.run(t)
 	return b
 }
 
@@ -194,6 +208,16 @@ func (b *bench) run(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.serve(t)
+	b.supervise(t, 0)
+}
+
+func newLog(j *journal) *slog.Logger {
+	return slog.New(slog.NewTextHandler(j, &slog.HandlerOptions{Level: slog.LevelDebug}))
+}
+
+// supervise runs the supervisor, and watches a generation for it.
+func (b *bench) supervise(t *testing.T, generation uint32) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- New(b.config).Run(ctx) }()
@@ -202,12 +226,12 @@ func (b *bench) run(t *testing.T) {
 		select {
 		case err := <-ended:
 			return err
-		case <-time.After(20 * time.Second):
-			return fmt.Errorf("the supervisor did not end within 20 s")
+		case <-time.After(30 * time.Second):
+			return fmt.Errorf("the supervisor did not end within 30 s")
 		}
 	})
 	watching, stopWatching := context.WithCancel(context.Background())
-	go Watch(watching, filepath.Join(b.config.RunDir, SupervisorSocket), b.states.add)
+	go Watch(watching, b.config.RunDir, generation, b.states.add)
 	t.Cleanup(func() {
 		stopWatching()
 		if err := b.stop(); err != nil {

@@ -28,6 +28,8 @@ import (
 // BootstrapConfig is what a bootstrap is made of.
 type BootstrapConfig struct {
 	NodeID string
+	// Generation of this Envoy, by which the agent knows which listeners are its own.
+	Generation uint32
 	// AdminSocket is Envoy's, AgentSocket the agent's ADS and SDS: Unix sockets in private directories.
 	AdminSocket, AgentSocket string
 	// MemoryLimit of the container in bytes; 0: none. Envoy sheds load before it is reached.
@@ -41,6 +43,11 @@ var denials = []string{"ssl.fail_verify_san", "ssl.fail_verify_no_cert", "ssl.fa
 // kept statistics, by the beginning of their names; beside them the counters of refused connections and requests. All
 // else would cost memory for every pod.
 var kept = []string{"cluster_manager.", "listener_manager.", "server.", "overload.", "workers.", "control_plane."}
+
+// released is how much of the memory that Envoy has freed goes back to the kernel each second. By default none of it does: what a
+// large update took for a moment would stay with the process. tcmalloc waits for a minute before it parts with what it was asked for
+// lately (its skip of subrelease), so that the process is not slowed by giving and taking.
+const released = 4 << 20
 
 // Bootstrap makes Envoy's static configuration, as JSON.
 func Bootstrap(c BootstrapConfig) ([]byte, error) {
@@ -70,7 +77,7 @@ func Bootstrap(c BootstrapConfig) ([]byte, error) {
 		patterns = append(patterns, &matcher.StringMatcher{MatchPattern: &matcher.StringMatcher_Suffix{Suffix: suffix}})
 	}
 	b := &bootstrap.Bootstrap{
-		Node:  &core.Node{Id: c.NodeID, Cluster: "weft"},
+		Node:  &core.Node{Id: c.NodeID, Cluster: "weft", Metadata: &structpb.Struct{Fields: map[string]*structpb.Value{names.MetadataGeneration: structpb.NewNumberValue(float64(c.Generation))}}},
 		Admin: &bootstrap.Admin{Address: pipe(c.AdminSocket)},
 		DynamicResources: &bootstrap.Bootstrap_DynamicResources{
 			AdsConfig: &core.ApiConfigSource{
@@ -86,10 +93,11 @@ func Bootstrap(c BootstrapConfig) ([]byte, error) {
 				LbEndpoints: []*endpoint.LbEndpoint{{HostIdentifier: &endpoint.LbEndpoint_Endpoint{Endpoint: &endpoint.Endpoint{Address: pipe(c.AgentSocket)}}}},
 			}}},
 		}}},
-		StatsConfig:         &metrics.StatsConfig{StatsMatcher: &metrics.StatsMatcher{StatsMatcher: &metrics.StatsMatcher_InclusionList{InclusionList: &matcher.ListStringMatcher{Patterns: patterns}}}},
-		DeferredStatOptions: &bootstrap.Bootstrap_DeferredStatOptions{EnableDeferredCreationStats: true},
-		LayeredRuntime:      &bootstrap.LayeredRuntime{Layers: []*bootstrap.RuntimeLayer{{Name: "static", LayerSpecifier: &bootstrap.RuntimeLayer_StaticLayer{StaticLayer: layer}}}},
-		OverloadManager:     overloadManager(c.MemoryLimit),
+		StatsConfig:            &metrics.StatsConfig{StatsMatcher: &metrics.StatsMatcher{StatsMatcher: &metrics.StatsMatcher_InclusionList{InclusionList: &matcher.ListStringMatcher{Patterns: patterns}}}},
+		DeferredStatOptions:    &bootstrap.Bootstrap_DeferredStatOptions{EnableDeferredCreationStats: true},
+		LayeredRuntime:         &bootstrap.LayeredRuntime{Layers: []*bootstrap.RuntimeLayer{{Name: "static", LayerSpecifier: &bootstrap.RuntimeLayer_StaticLayer{StaticLayer: layer}}}},
+		OverloadManager:        overloadManager(c.MemoryLimit),
+		MemoryAllocatorManager: &bootstrap.MemoryAllocatorManager{BytesToRelease: released},
 	}
 	out, err := protojson.MarshalOptions{Indent: " "}.Marshal(b)
 	if err != nil {

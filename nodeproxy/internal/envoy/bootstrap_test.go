@@ -9,7 +9,7 @@ import (
 
 // TestBootstrap: what Envoy starts with. The contract tests take its statistics from here.
 func TestBootstrap(t *testing.T) {
-	raw, err := Bootstrap(BootstrapConfig{NodeID: "node-1", AdminSocket: "/run/weft/envoy/admin.sock", AgentSocket: "/run/weft/agent.sock", MemoryLimit: 256 << 20})
+	raw, err := Bootstrap(BootstrapConfig{NodeID: "node-1", Generation: 1, AdminSocket: "/run/weft/generation-1/envoy/admin.sock", AgentSocket: "/run/weft/agent.sock", MemoryLimit: 256 << 20})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,6 +3,7 @@ package envoy
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -12,6 +13,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/weftmesh/weft/api/names"
 )
 
 // Envoy has no capability, and yet makes sockets in the network namespaces of pods. Its seccomp filter hands setns(2), socket(2) and
@@ -36,32 +39,24 @@ const (
 	brokerNamespaces = "WEFT_BROKER_NAMESPACES" // the file of the namespaces that it may enter
 )
 
-// namespacesFile lies in the run folder.
+// namespacesFile lies in a generation's folder, and goes with it.
 const namespacesFile = "namespaces"
 
-// AllowNamespaces replaces the network namespaces, by their cookies (SO_NETNS_COOKIE), in which Envoy may have sockets made. It
-// counts from its return on. The supervisor forgets them when it ends.
+// AllowNamespaces replaces the network namespaces, by their cookies (SO_NETNS_COOKIE), in which the node's Envoys may have sockets
+// made. It counts from its return on, for the supervisors that run; they forget it when they end.
 func AllowNamespaces(runDir string, cookies []uint64) error {
 	var text []byte
 	for _, cookie := range slices.Sorted(slices.Values(cookies)) {
 		text = fmt.Appendln(text, cookie)
 	}
-	next := filepath.Join(runDir, namespacesFile+".next")
-	if err := os.WriteFile(next, text, 0o600); err != nil {
-		return fmt.Errorf("write the namespaces of pods in the mesh: %w", err)
+	var failed []error
+	for generation := range uint32(names.Generations) {
+		err := ReplaceFile(filepath.Join(folderOf(runDir, generation), namespacesFile), text)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) { // else there is no supervisor
+			failed = append(failed, fmt.Errorf("write the namespaces of pods in the mesh: %w", err))
+		}
 	}
-	if err := os.Rename(next, filepath.Join(runDir, namespacesFile)); err != nil {
-		return fmt.Errorf("write the namespaces of pods in the mesh: %w", err)
-	}
-	return nil
-}
-
-// forgetNamespaces removes what AllowNamespaces has written.
-func forgetNamespaces(runDir string) error {
-	if err := os.Remove(filepath.Join(runDir, namespacesFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("remove the namespaces of pods in the mesh: %w", err)
-	}
-	return nil
+	return errors.Join(failed...)
 }
 
 // notification is struct seccomp_notif.

@@ -304,7 +304,7 @@ func TestEscapes(t *testing.T) {
 	t.Cleanup(func() { _ = os.Remove(public) })
 	b := start(t, func(c *Config) {
 		c.Binary = public
-		if err := os.MkdirAll(c.RunDir, 0o755); err != nil {
+		if err := os.MkdirAll(folderOf(c.RunDir, 0), 0o755); err != nil {
 			t.Fatal(err)
 		}
 		(&bench{config: *c}).allow(t, s)

@@ -23,6 +23,8 @@ type keptListeners struct {
 	own  uint64
 	mu   sync.Mutex
 	kept []duplicate
+	// changed, unless nil, is closed when they change.
+	changed chan struct{}
 }
 
 // duplicate is one socket.
@@ -30,7 +32,7 @@ type duplicate struct {
 	fd    int
 	inode uint64
 	at    place
-	// envoy is the process that listens on it, number its descriptor there.
+	// envoy is the process that listens on it, number its descriptor there; at the agent, who told of it.
 	envoy  int
 	number string
 	since  time.Time
@@ -84,7 +86,16 @@ func (l *keptListeners) add(d duplicate) bool {
 		return false
 	}
 	l.kept = append(l.kept, d)
+	l.notify()
 	return true
+}
+
+// notify is called with the lock held.
+func (l *keptListeners) notify() {
+	if l.changed != nil {
+		close(l.changed)
+		l.changed = nil
+	}
 }
 
 // replace closes what Envoys before listened on at the same place, as soon as a new socket does.
@@ -175,18 +186,21 @@ func (l *keptListeners) tidy(pid int, now time.Time) {
 		}
 		gone[d.inode] = !all[d.inode]
 	}
+	l.close(func(d duplicate) bool { return d.envoy == pid && gone[d.inode] })
+	l.expire(pid, now, forgetAfter)
+}
+
+// expire closes what others than the current one listened on, if nobody has come back to it within a limit.
+func (l *keptListeners) expire(current int, now time.Time, limit time.Duration) {
 	l.mu.Lock()
 	for i, d := range l.kept {
-		if d.envoy != pid && d.orphaned.IsZero() {
+		if d.envoy != current && d.orphaned.IsZero() {
 			l.kept[i].orphaned = now
 		}
 	}
 	l.mu.Unlock()
 	l.close(func(d duplicate) bool {
-		if d.envoy == pid {
-			return gone[d.inode]
-		}
-		return !d.orphaned.IsZero() && now.Sub(d.orphaned) > forgetAfter
+		return d.envoy != current && !d.orphaned.IsZero() && now.Sub(d.orphaned) > limit
 	})
 }
 
@@ -198,6 +212,7 @@ func (l *keptListeners) close(which func(duplicate) bool) {
 			return false
 		}
 		_ = unix.Close(d.fd)
+		l.notify()
 		return true
 	})
 }

@@ -26,13 +26,19 @@ func receiveFD(socket int) (text string, fd int, err error) {
 	if n == 0 {
 		return "", -1, io.EOF
 	}
-	messages, err := unix.ParseSocketControlMessage(control[:oob])
+	fd, err = descriptor(control[:oob])
+	return string(payload[:n]), fd, err
+}
+
+// descriptor is the one in a message's control part.
+func descriptor(control []byte) (int, error) {
+	messages, err := unix.ParseSocketControlMessage(control)
 	if err != nil || len(messages) != 1 {
-		return "", -1, errNoFD
+		return -1, errNoFD
 	}
 	fds, err := unix.ParseUnixRights(&messages[0])
 	if err != nil || len(fds) != 1 {
-		return "", -1, errNoFD
+		return -1, errNoFD
 	}
-	return string(payload[:n]), fds[0], nil
+	return fds[0], nil
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"path/filepath"
 	"sync"
 	"time"
 )
@@ -14,6 +15,8 @@ import (
 type State struct {
 	// Generation numbers Envoy processes that may run side by side; a restart keeps it.
 	Generation uint32 `json:"generation"`
+	// Pod is the uid of the pod that the supervisor runs in.
+	Pod string `json:"pod,omitempty"`
 	// PID of the process, 0 while none runs.
 	PID int `json:"pid"`
 	// Cgroup is Envoy's v2 cgroup below the cgroup root, "/…"; it is there whenever PID is not 0.
@@ -76,11 +79,11 @@ func (b *board) serve(ctx context.Context, l net.Listener) {
 	}
 }
 
-// Watch gives the supervisor's state at once and at each change, and keeps trying while the supervisor is away, which is
+// Watch gives the state of a generation's supervisor at once and at each change, and keeps trying while there is none, which is
 // given as the zero State. It ends with ctx.
-func Watch(ctx context.Context, socket string, give func(State)) {
+func Watch(ctx context.Context, runDir string, generation uint32, give func(State)) {
 	for ctx.Err() == nil {
-		if err := follow(ctx, socket, give); err != nil && ctx.Err() == nil {
+		if err := follow(ctx, folderOf(runDir, generation), give); err != nil && ctx.Err() == nil {
 			give(State{})
 		}
 		select {
@@ -90,8 +93,8 @@ func Watch(ctx context.Context, socket string, give func(State)) {
 	}
 }
 
-func follow(ctx context.Context, socket string, give func(State)) error {
-	c, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
+func follow(ctx context.Context, folder string, give func(State)) error {
+	c, err := (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(folder, supervisorSocket))
 	if err != nil {
 		return fmt.Errorf("dial supervisor: %w", err)
 	}
@@ -107,4 +110,16 @@ func follow(ctx context.Context, socket string, give func(State)) error {
 		give(s)
 	}
 	return fmt.Errorf("supervisor ended: %w", lines.Err())
+}
+
+// ask reads a supervisor's state once.
+func ask(folder string) (State, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	var first State
+	err := follow(ctx, folder, func(s State) { first = s; cancel() })
+	if first.Cgroup != "" {
+		return first, nil
+	}
+	return first, err
 }

@@ -143,13 +143,17 @@ func TestStopEndsEnvoy(t *testing.T) {
 	b := start(t, nil)
 	s := b.live(t, 0)
 	cgroup := filepath.Join(b.config.CgroupRoot, s.Cgroup)
+	killed := folderOf(b.config.RunDir, 1) // of a supervisor that was killed
+	if err := os.MkdirAll(filepath.Join(killed, envoyDirectory, "socket"), 0o750); err != nil {
+		t.Fatal(err)
+	}
 	if err := b.stop(); err != nil {
 		t.Fatal(err)
 	}
 	if err := syscall.Kill(s.PID, 0); err == nil {
 		t.Errorf("Envoy %d still runs", s.PID)
 	}
-	for _, gone := range []string{cgroup, filepath.Join(b.config.CgroupRoot, "weft", b.config.NodeID), b.config.envoyFolder(), b.config.bootstrapFile()} {
+	for _, gone := range []string{cgroup, filepath.Join(b.config.CgroupRoot, "weft", b.config.NodeID), folderOf(b.config.RunDir, 0), killed} {
 		if _, err := os.Stat(gone); err == nil {
 			t.Errorf("%s is left", gone)
 		}
@@ -189,12 +193,13 @@ func TestSocketsArePrivate(t *testing.T) {
 		uid, gid uint32
 	}
 	for path, w := range map[string]want{
-		".":                {fs.ModeDir | 0o750, 0, testUID},
-		"envoy":            {fs.ModeDir | 0o750, testUID, testUID},
-		"envoy/admin.sock": {fs.ModeSocket | 0o660, testUID, testUID},
-		SupervisorSocket:   {fs.ModeSocket | 0o600, 0, 0},
-		AgentSocket:        {fs.ModeSocket | 0o660, 0, testUID},
-		"envoy.json":       {0o640, 0, testUID},
+		".":                             {fs.ModeDir | 0o750, 0, testUID},
+		AgentSocket:                     {fs.ModeSocket | 0o660, 0, testUID},
+		"generation-0":                  {fs.ModeDir | 0o750, 0, testUID},
+		"generation-0/envoy":            {fs.ModeDir | 0o750, testUID, testUID},
+		"generation-0/envoy/admin.sock": {fs.ModeSocket | 0o660, testUID, testUID},
+		"generation-0/supervisor.sock":  {fs.ModeSocket | 0o600, 0, 0},
+		"generation-0/envoy.json":       {0o640, 0, testUID},
 	} {
 		info, err := os.Lstat(filepath.Join(b.config.RunDir, path))
 		if err != nil {
@@ -405,13 +410,22 @@ func TestOwnFolderInACgroupNamespace(t *testing.T) {
 // TestLock: the second waits for the first, and has the file that others see.
 func TestLock(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "lock")
-	first, err := Lock(t.Context(), path, func() { t.Error("nobody has it") })
+	other := filepath.Join(t.TempDir(), "other")
+	_, second, err := Lock(t.Context(), func() { t.Error("nobody has it") }, other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second()
+	at, first, err := Lock(t.Context(), func() { t.Error("nobody has it") }, other, path)
+	if at != 1 || !Locked(path) || !Locked(other) {
+		t.Errorf("lock %d of two was taken, of which another has the first", at)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
 	waits, got := make(chan struct{}), make(chan error)
 	go func() {
-		second, err := Lock(t.Context(), path, func() { close(waits) })
+		_, second, err := Lock(t.Context(), func() { close(waits) }, other, path)
 		if err == nil {
 			if _, err = os.Stat(path); err == nil {
 				second()
@@ -424,7 +438,7 @@ func TestLock(t *testing.T) {
 	if err := <-got; err != nil {
 		t.Error(err)
 	}
-	if _, err := os.Stat(path); err == nil {
+	if _, err := os.Stat(path); err == nil || Locked(path) {
 		t.Error("the file is left")
 	}
 }

@@ -18,12 +18,14 @@ import (
 	"github.com/weftmesh/weft/api/names"
 )
 
+// appIdleTimeout is how long an HTTP connection to an app waits for the same client's next request.
+const appIdleTimeout = 10 * time.Second
+
 type netnsSelector = selector.Config
 
 // Clusters are the ones that every Envoy of the mesh has whatever its pods call: the last hop to the app, and the one
-// that refuses. ClusterLocalH1 speaks to the app the HTTP version that the request came in, or passes bytes. Its pools
-// close HTTP connections after an hour without a request, Envoy's default: they belong to no caller, so nothing else
-// would ever end them. Bytes go with their caller's connection.
+// that refuses. ClusterLocalH1 speaks to the app the HTTP version that the request came in, or passes bytes. It has pools
+// for each client's address, which outlive the client's connections; bytes go with their caller's connection.
 func Clusters() []*cluster.Cluster {
 	return []*cluster.Cluster{
 		{
@@ -38,6 +40,7 @@ func Clusters() []*cluster.Cluster {
 			UpstreamConnectionOptions:     &cluster.UpstreamConnectionOptions{TcpKeepalive: keepalive()},
 			TypedExtensionProtocolOptions: map[string]*anypb.Any{
 				"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": pack(&upstream.HttpProtocolOptions{
+					CommonHttpProtocolOptions: &core.HttpProtocolOptions{IdleTimeout: seconds(appIdleTimeout)},
 					UpstreamProtocolOptions: &upstream.HttpProtocolOptions_UseDownstreamProtocolConfig{
 						UseDownstreamProtocolConfig: &upstream.HttpProtocolOptions_UseDownstreamHttpConfig{
 							HttpProtocolOptions: &core.Http1ProtocolOptions{EnableTrailers: true, HeaderKeyFormat: keepCase()},

@@ -97,6 +97,9 @@ func (h http) manager() *listener.Filter {
 	} else {
 		m.RouteSpecifier = scopedRoutes()
 	}
+	if h.outbound {
+		m.LocalReplyConfig = withoutAgent()
+	}
 	if h.log {
 		m.AccessLog = requestLog(h.outbound)
 	}

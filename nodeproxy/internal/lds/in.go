@@ -17,7 +17,7 @@ const closed = "closed"
 // chains for callers without mesh TLS are shared where no rule tells ports apart.
 func (p Pod) in() *listener.Listener {
 	l := p.listener("in", names.PortIn)
-	l.ListenerFilters = []*listener.ListenerFilter{p.localLegState(), tlsInspector(), httpInspector()}
+	l.ListenerFilters = []*listener.ListenerFilter{p.localLegState(), originalSource(), tlsInspector(), httpInspector()}
 	var whole *onMatch
 	listed := map[string]*onMatch{}
 	chains := chainSet{seen: map[string]bool{}}
@@ -59,16 +59,17 @@ func (p Pod) inFirst() *listener.Listener {
 		return nil
 	}
 	l := p.listener("in-first", names.PortInFirst)
-	l.ListenerFilters = []*listener.ListenerFilter{p.localLegState()}
+	l.ListenerFilters = []*listener.ListenerFilter{p.localLegState(), originalSource()}
 	l.FilterChains = []*listener.FilterChain{p.plainBytes()}
 	return setMatcher(l, byPort(open, chain(refuse)))
 }
 
-// localLegState says where the last hop goes and in which netns: to the address that the caller dialled, in the pod.
+// localLegState says where the last hop goes and in which netns: to the address that the caller dialled, in the pod. Pools
+// are by address already, so that the netns alone has to separate them.
 func (p Pod) localLegState() *listener.ListenerFilter {
 	return stateFilter(
 		state(names.StateNetns, names.StateHashable, literal(p.NetnsPath), true),
-		state(names.StateOriginalDst, names.StateOriginalDst, "%DOWNSTREAM_LOCAL_ADDRESS%", true),
+		state(names.StateOriginalDst, names.StateOriginalDst, "%DOWNSTREAM_LOCAL_ADDRESS%", false),
 	)
 }
 

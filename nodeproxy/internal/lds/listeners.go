@@ -9,6 +9,7 @@ import (
 	common "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
 	httpinspector "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/http_inspector/v3"
 	originaldst "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
+	originalsrc "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_src/v3"
 	setstate "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/set_filter_state/v3"
 	tlsinspector "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/tls_inspector/v3"
 	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
@@ -129,6 +130,13 @@ func httpInspector() *listener.ListenerFilter {
 
 func tlsInspector() *listener.ListenerFilter {
 	return listenerFilter("envoy.filters.listener.tls_inspector", &tlsinspector.TlsInspector{})
+}
+
+// originalSource has Envoy bind what it opens for a connection to the client's address: the hooks take that as whose
+// connection it is, whether the app is to see that or not (docs/adr/0006-client-address.md). It keeps pools apart by client.
+// It goes by the connection: the HTTP filter of that name would believe x-forwarded-for.
+func originalSource() *listener.ListenerFilter {
+	return listenerFilter("envoy.filters.listener.original_src", &originalsrc.OriginalSrc{})
 }
 
 func originalDst() *listener.ListenerFilter {

@@ -11,7 +11,8 @@ import (
 	"github.com/weftmesh/weft/api/names"
 )
 
-// out takes what the pod's apps dial. The listener filters set the constants of the pod, remember the class while the
+// out takes what the pod's apps dial. The pod's netns separates its connection pools from other pods', and its identity with
+// them: a netns has one. The listener filters set the constants of the pod, remember the class while the
 // local port still is the steering port, look at the first bytes of undeclared services alone (a server there may
 // speak first), and put the original destination in place. For undeclared services it is in place before: when the
 // inspector gives up, Envoy runs no filter after it.
@@ -25,8 +26,8 @@ func (p Pod) out() *listener.Listener {
 	l.ListenerFilters = []*listener.ListenerFilter{
 		stateFilter(
 			state(names.StateNetns, names.StateHashable, literal(p.NetnsPath), true),
-			state(names.StateSVID, names.StateHashable, literal(p.SPIFFEID), true),
-			state(names.StateClass, "envoy.string", "%DOWNSTREAM_LOCAL_PORT%", false),
+			state(names.StateSVID, names.StateString, literal(p.SPIFFEID), true),
+			state(names.StateClass, names.StateString, "%DOWNSTREAM_LOCAL_PORT%", false),
 		),
 		undeclaredFirst,
 		inspector,

@@ -128,6 +128,7 @@ func (t *Table) connect(ctx context.Context) error {
 		return fmt.Errorf("make NRI plugin: %w", err)
 	}
 	p.requests = s.RequestTimeout
+	defer context.AfterFunc(ctx, s.Stop)()
 	if err := s.Run(ctx); err != nil {
 		return fmt.Errorf("run NRI plugin on %s: %w", t.config.Socket, err)
 	}

@@ -3,11 +3,13 @@
 package recall
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -49,27 +51,16 @@ func Load(path string) ([]relay.Resource, error) {
 	return out, nil
 }
 
-// Save replaces a file at once, readable for its owner alone.
+// Save replaces a file at once, readable for its owner alone. It holds one resource in memory at a time: there may be tens of
+// thousands.
 func Save(path string, resources []relay.Resource) error {
-	var list discovery.DeltaDiscoveryResponse
-	for _, r := range resources {
-		if r.Key.TypeURL == relay.TypeSecret {
-			return fmt.Errorf("write last known state: %s is a secret", r.Key.Name)
-		}
-		list.Resources = append(list.Resources, &discovery.Resource{Name: r.Key.Name, Version: r.Version, Resource: r.Body})
-	}
-	body, err := proto.MarshalOptions{Deterministic: true}.Marshal(&list)
-	if err != nil {
-		return fmt.Errorf("write last known state: %w", err)
-	}
-	sum := sha256.Sum256(body)
 	// Its own folder, so that the rename stays within a file system. CreateTemp makes the file 0600.
 	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*")
 	if err != nil {
 		return fmt.Errorf("write last known state: %w", err)
 	}
 	defer os.Remove(f.Name()) // gone already when all went well
-	_, err = f.Write(append([]byte(header+hex.EncodeToString(sum[:])+"\n"), body...))
+	err = write(f, resources)
 	if err == nil {
 		err = f.Sync()
 	}
@@ -80,4 +71,33 @@ func Save(path string, resources []relay.Resource) error {
 		return fmt.Errorf("write last known state: %w", err)
 	}
 	return nil
+}
+
+// write makes a DeltaDiscoveryResponse of the resources, which as bytes is one after the other, behind its header.
+func write(f *os.File, resources []relay.Resource) error {
+	sum := sha256.New()
+	if _, err := f.WriteString(header + strings.Repeat("0", hex.EncodedLen(sum.Size())) + "\n"); err != nil {
+		return err
+	}
+	out := bufio.NewWriter(f)
+	both := io.MultiWriter(out, sum)
+	var one []byte
+	for _, r := range resources {
+		if r.Key.TypeURL == relay.TypeSecret {
+			return fmt.Errorf("%s is a secret", r.Key.Name)
+		}
+		list := discovery.DeltaDiscoveryResponse{Resources: []*discovery.Resource{{Name: r.Key.Name, Version: r.Version, Resource: r.Body}}}
+		var err error
+		if one, err = (proto.MarshalOptions{Deterministic: true}).MarshalAppend(one[:0], &list); err != nil {
+			return err
+		}
+		if _, err := both.Write(one); err != nil {
+			return err
+		}
+	}
+	if err := out.Flush(); err != nil {
+		return err
+	}
+	_, err := f.WriteAt([]byte(hex.EncodeToString(sum.Sum(nil))), int64(len(header)))
+	return err
 }

@@ -79,7 +79,8 @@ type Cache struct {
 	wanted  map[Key]int // by streams
 	kept    map[Key]time.Time
 	primed  bool
-	paused  bool
+	// paused are generations of Envoy that are not answered.
+	paused map[uint32]bool
 	// ended: no Envoy runs that could have anything of before.
 	ended  bool
 	places uint64
@@ -97,7 +98,7 @@ func NewCache(c Config) *Cache {
 	if c.Coming == nil {
 		c.Coming = func(string) bool { return false }
 	}
-	return &Cache{config: c, entries: map[Key]entry{}, streams: map[*stream]bool{}, wanted: map[Key]int{}, kept: map[Key]time.Time{}, expected: map[string]bool{}, answered: make(chan struct{})}
+	return &Cache{config: c, entries: map[Key]entry{}, streams: map[*stream]bool{}, wanted: map[Key]int{}, kept: map[Key]time.Time{}, expected: map[string]bool{}, paused: map[uint32]bool{}, answered: make(chan struct{})}
 }
 
 // Prime starts answering. Until then Envoy waits: after a restart of the agent it would otherwise be told that what the
@@ -154,11 +155,12 @@ func (c *Cache) Ended(ended bool) {
 	c.notify()
 }
 
-// Pause stops answering, or starts again: while the kernel does not know Envoy's cgroup, it must not listen in pods.
-func (c *Cache) Pause(paused bool) {
+// Pause stops answering a generation of Envoy, or starts again: while the kernel does not know its cgroup, it must not listen in
+// pods.
+func (c *Cache) Pause(generation uint32, paused bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.paused = paused
+	c.paused[generation] = paused
 	for s := range c.streams {
 		s.rouse()
 	}
@@ -469,12 +471,12 @@ func (c *Cache) behindRefused(k Key, version, text string) (bool, error) {
 	return false, &Refused{k.Name, "its cluster was refused: " + text}
 }
 
-// Connected tells whether an Envoy has an ADS stream open.
-func (c *Cache) Connected() bool {
+// Connected tells whether a generation of Envoy has an ADS stream open.
+func (c *Cache) Connected(generation uint32) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for s := range c.streams {
-		if s.ads {
+		if s.ads && s.known && s.generation == generation {
 			return true
 		}
 	}

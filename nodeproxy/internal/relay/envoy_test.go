@@ -483,7 +483,7 @@ func TestRefusedCluster(t *testing.T) {
 // TestRefusedScope is alone: a key that is taken refuses one scope among many, and those that came with it are there.
 func TestRefusedScope(t *testing.T) {
 	n := newNode(t)
-	n.cache.Pause(true)
+	n.cache.Pause(0, true)
 	versions := map[relay.Key]string{}
 	for i := range 200 {
 		s := n.scope()
@@ -495,7 +495,7 @@ func TestRefusedScope(t *testing.T) {
 	twice := n.scope()
 	twice.Name = "twice"
 	bad, badVersion := n.give(t, twice)
-	n.cache.Pause(false)
+	n.cache.Pause(0, false)
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	var refused *relay.Refused
@@ -625,7 +625,7 @@ func TestAgentComesBack(t *testing.T) {
 	n.stopUp()
 	n.agent(t) // without the other listeners
 	n.cache.Expect([]string{"uid-1"})
-	until(t, "Envoy is connected", n.cache.Connected, nil)
+	until(t, "Envoy is connected", func() bool { return n.cache.Connected(0) }, nil)
 	n.asked(t, relay.TypeEndpoints, serviceName)
 	if !listens(port) || !listens(n.port) {
 		t.Error("listeners went before the agent had said anything")
@@ -654,7 +654,7 @@ func TestPodsComeAndGo(t *testing.T) {
 	n.give(t, lds.Holder())
 	n.cache.Delete(relay.Key{TypeURL: relay.TypeListener, Name: "entry"})
 	n.envoy.Stop()
-	until(t, "Envoy's stream has ended", func() bool { return !n.cache.Connected() }, nil)
+	until(t, "Envoy's stream has ended", func() bool { return !n.cache.Connected(0) }, nil)
 	pods := func() map[relay.Key]string {
 		versions := map[relay.Key]string{}
 		for i := range 6 {
@@ -704,7 +704,7 @@ func TestPodsComeAndGo(t *testing.T) {
 func TestPausedEnvoyGetsNothing(t *testing.T) {
 	n := newNode(t)
 	until(t, "the listener is there", func() bool { return listens(n.port) }, nil)
-	n.cache.Pause(true)
+	n.cache.Pause(0, true)
 	l := n.entry(t)
 	port := freePort(t)
 	l.Name, l.Address = "another", address("127.0.0.1", port)
@@ -714,7 +714,7 @@ func TestPausedEnvoyGetsNothing(t *testing.T) {
 	if err := n.cache.Wait(ctx, k, version); !errors.Is(err, context.DeadlineExceeded) || listens(port) {
 		t.Errorf("a paused Envoy got a listener: %v", err)
 	}
-	n.cache.Pause(false)
+	n.cache.Pause(0, false)
 	n.wait(t, k, version)
 }
 
@@ -730,7 +730,7 @@ func TestControllerAway(t *testing.T) {
 	if err := syscall.Kill(n.envoy.PID(), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "Envoy's stream has ended", func() bool { return !n.cache.Connected() }, nil)
+	until(t, "Envoy's stream has ended", func() bool { return !n.cache.Connected(0) }, nil)
 	n.start(t)
 	n.answered(t, "a")
 

@@ -47,9 +47,6 @@ func (u *Upstream) Namespace(name string) *meshv1.Namespace {
 // Services of the mesh, by name.
 func (u *Upstream) Services() []*meshv1.Service { return list[*meshv1.Service](u, TypeService) }
 
-// Workloads in the mesh, by uid.
-func (u *Upstream) Workloads() []*meshv1.Workload { return list[*meshv1.Workload](u, TypeWorkload) }
-
 // LocalPods of this node, by uid.
 func (u *Upstream) LocalPods() []*meshv1.LocalPod { return list[*meshv1.LocalPod](u, TypeLocalPod) }
 

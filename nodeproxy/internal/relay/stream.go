@@ -8,15 +8,21 @@ import (
 	"strconv"
 	"time"
 
+	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secret "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"google.golang.org/grpc"
+
+	"github.com/weftmesh/weft/api/names"
 )
 
 // stream is one delta stream of Envoy. Its fields are guarded by the cache's mutex.
 type stream struct {
 	cache *Cache
 	ads   bool
+	// generation of Envoy, which its first request tells.
+	generation uint32
+	known      bool
 
 	// asked types have had a request; wild ones are subscribed as a whole.
 	asked, wild map[string]bool
@@ -136,6 +142,9 @@ func (s *stream) request(r *discovery.DeltaDiscoveryRequest) {
 		return // it has ended: nobody would take back what it wishes now
 	}
 	defer s.rouse()
+	if !s.known {
+		s.generation, s.known = generationOf(r.Node), true
+	}
 	if r.ResponseNonce != "" {
 		s.answer(r)
 	}
@@ -351,9 +360,26 @@ func (s *stream) state(k Key, version string) (bool, error) {
 	return s.acked[k] == version, nil
 }
 
-func (s *stream) subscribed(k Key) bool { return s.named[k] || s.wild[k.TypeURL] }
+func (s *stream) subscribed(k Key) bool { return s.named[k] || s.wild[k.TypeURL] && s.concerns(k) }
 
-func (s *stream) wants(k Key, e entry) bool { return s.named[k] || s.wild[k.TypeURL] && e.eager }
+func (s *stream) wants(k Key, e entry) bool {
+	return s.named[k] || s.wild[k.TypeURL] && e.eager && s.concerns(k)
+}
+
+// concerns tells whether a resource is none that another generation of Envoy has for itself: the listeners in pods are each one's
+// own.
+func (s *stream) concerns(k Key) bool {
+	if k.TypeURL != TypeListener {
+		return true
+	}
+	of, one := names.ListenerGeneration(k.Name)
+	return !one || of == s.generation
+}
+
+// generationOf is what an Envoy says of itself; the first one if it says nothing.
+func generationOf(node *core.Node) uint32 {
+	return uint32(node.GetMetadata().GetFields()[names.MetadataGeneration].GetNumberValue())
+}
 
 func (s *stream) rouse() {
 	select {
@@ -413,7 +439,7 @@ func (s *stream) responses() []*discovery.DeltaDiscoveryResponse {
 	c := s.cache
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.primed || c.paused {
+	if !c.primed || !s.known || c.paused[s.generation] {
 		return nil
 	}
 	var out []*discovery.DeltaDiscoveryResponse

@@ -9,10 +9,15 @@ import (
 	"testing"
 	"time"
 
+	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	listener "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	route "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	rpcstatus "google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/structpb"
 
+	"github.com/weftmesh/weft/api/names"
 	"github.com/weftmesh/weft/nodeproxy/internal/lds"
 )
 
@@ -212,5 +217,81 @@ func TestAcknowledgedBefore(t *testing.T) {
 	}
 	if !inForce() {
 		t.Error("the version is not in force though Envoy has acknowledged it")
+	}
+}
+
+// TestGenerationsHaveTheirOwnListeners: the listeners in pods are one Envoy's alone, all else is for both, and waiting is for whom
+// it concerns.
+func TestGenerationsHaveTheirOwnListeners(t *testing.T) {
+	c := quiet()
+	set := func(name string, m proto.Message) (Key, string) {
+		t.Helper()
+		version, err := c.Set(name, m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, _, err := Pack(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return Key{body.TypeUrl, name}, version
+	}
+	first, second := names.Listener("in", "1", "sandbox", 0), names.Listener("in", "1", "sandbox", 1)
+	set("holder", &listener.Listener{Name: "holder"})
+	kf, vf := set(first, &listener.Listener{Name: first})
+	ks, vs := set(second, &listener.Listener{Name: second})
+	node := func(generation float64) *core.Node {
+		return &core.Node{Metadata: &structpb.Struct{Fields: map[string]*structpb.Value{names.MetadataGeneration: structpb.NewNumberValue(generation)}}}
+	}
+	old, next := play(t, c), play(t, c)
+	if got := next.turn(); got != nil {
+		t.Errorf("an Envoy that has said nothing got %v", got)
+	}
+	old.request(&discovery.DeltaDiscoveryRequest{TypeUrl: TypeListener}) // one that does not tell is the first
+	if got := fmt.Sprint(old.turn()); got != "[[holder] [in/1/sandbox/0]]" {
+		t.Errorf("the first got %s", got)
+	}
+	if err := old.wait(kf, vf); err != nil {
+		t.Error(err)
+	}
+	c.Pause(1, true)
+	next.request(&discovery.DeltaDiscoveryRequest{Node: node(1), TypeUrl: TypeListener, ResourceNamesSubscribe: []string{"*"}})
+	if got := next.turn(); got != nil {
+		t.Errorf("a paused Envoy got %v", got)
+	}
+	if !c.Connected(0) || !c.Connected(1) || c.Connected(2) {
+		t.Error("it is not known which Envoys are connected")
+	}
+	c.Pause(1, false)
+	if got := fmt.Sprint(next.turn()); got != "[[holder] [in/1/sandbox/1]]" {
+		t.Errorf("the second got %s", got)
+	}
+	if err := next.wait(ks, vs); err != nil {
+		t.Error(err)
+	}
+	c.Delete(kf)
+	if got := next.turn(); got != nil {
+		t.Errorf("the second heard of the first's listener: %v", got)
+	}
+	if got := fmt.Sprint(old.turn()); got != "[[in/1/sandbox/0]]" {
+		t.Errorf("the first got %s", got)
+	}
+	if err := old.wait(kf, ""); err != nil {
+		t.Error(err)
+	}
+	// What is for both is acknowledged when both have it.
+	ask := func(p *player) { p.ask(TypeScope, "*") }
+	ask(old)
+	ask(next)
+	k, version := giveScope(t, c, "10.96.0.1:80", "a")
+	old.turn()
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := c.Wait(ctx, k, version); err == nil {
+		t.Error("acknowledged by one of two")
+	}
+	next.turn()
+	if err := next.wait(k, version); err != nil {
+		t.Error(err)
 	}
 }

@@ -17,9 +17,11 @@ import (
 	rpcstatus "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	meshv1 "github.com/weftmesh/weft/api/mesh/v1"
 	"github.com/weftmesh/weft/api/names"
 )
 
@@ -33,6 +35,8 @@ const (
 	TypeWorkload      = mesh + "Workload"
 	TypeLocalPod      = mesh + "LocalPod"
 	TypeInboundPolicy = mesh + "InboundPolicy"
+	// TypeSeen is of no resource: under it is kept what the controller calls the state that it gave last.
+	TypeSeen = mesh + "Seen"
 )
 
 var eager = []string{TypeMesh, TypeNamespace, TypeService, TypeWorkload, TypeLocalPod}
@@ -100,6 +104,8 @@ type Upstream struct {
 	changes  chan struct{} // subscriptions changed
 	queue    []subscription
 	bodies   map[Key]proto.Message
+	// workloads are those of the index, by uid: there may be more of them than of all else together.
+	workloads map[uid]workload
 	// synced is closed when every eager type has been given once.
 	synced  chan struct{}
 	missing map[string]bool
@@ -107,7 +113,15 @@ type Upstream struct {
 	known bool
 	// live: a stream to the controller is open.
 	live bool
+	// seen names the controller's state that was given last, in the controller's words.
+	seen string
 }
+
+// metadataSeen is the key under which the controller's replica is told what another one gave, so that it gives nothing older.
+const metadataSeen = "weft-seen"
+
+// seenKey stands for seen among the resources that are kept.
+var seenKey = Key{TypeURL: TypeSeen, Name: "seen"}
 
 type subscription struct {
 	key    Key
@@ -117,7 +131,7 @@ type subscription struct {
 // NewUpstream makes an Upstream; Run connects it. Cache's Config.Want must be its Want.
 func NewUpstream(c UpstreamConfig) *Upstream {
 	u := &Upstream{config: c, versions: map[Key]string{}, wanted: map[Key]bool{}, changes: make(chan struct{}, 1),
-		bodies: map[Key]proto.Message{}, synced: make(chan struct{}), missing: map[string]bool{}}
+		bodies: map[Key]proto.Message{}, workloads: map[uid]workload{}, synced: make(chan struct{}), missing: map[string]bool{}}
 	for _, t := range eager {
 		u.missing[t] = true
 	}
@@ -136,6 +150,12 @@ func NewUpstream(c UpstreamConfig) *Upstream {
 // Restore puts back what the controller made before this process. Call it before Run.
 func (u *Upstream) Restore(resources []Resource) {
 	for _, r := range resources {
+		if r.Key == seenKey {
+			u.mu.Lock()
+			u.seen = r.Version
+			u.mu.Unlock()
+			continue
+		}
 		if relayed[r.Key.TypeURL] {
 			u.config.Cache.Restore(r)
 			u.mu.Lock()
@@ -181,6 +201,17 @@ func (u *Upstream) Index() ([]Resource, error) {
 			return nil, err
 		}
 		out = append(out, Resource{k, u.versions[k], body})
+	}
+	for id, w := range u.workloads {
+		body, _, err := Pack(w.message())
+		if err != nil {
+			return nil, err
+		}
+		version, _ := w.parts()
+		out = append(out, Resource{Key{TypeWorkload, id.name()}, version, body})
+	}
+	if u.seen != "" {
+		out = append(out, Resource{seenKey, u.seen, &anypb.Any{TypeUrl: TypeSeen}})
 	}
 	sortResources(out)
 	return out, nil
@@ -265,7 +296,10 @@ func (u *Upstream) stream(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s, err := discovery.NewAggregatedDiscoveryServiceClient(conn).DeltaAggregatedResources(ctx)
+	u.mu.Lock()
+	seen := u.seen
+	u.mu.Unlock()
+	s, err := discovery.NewAggregatedDiscoveryServiceClient(conn).DeltaAggregatedResources(metadata.AppendToOutgoingContext(ctx, metadataSeen, seen))
 	if err != nil {
 		return fmt.Errorf("open stream to the controller: %w", err)
 	}
@@ -296,6 +330,11 @@ func (u *Upstream) stream(ctx context.Context) error {
 			if err != nil {
 				failed <- fmt.Errorf("receive from the controller: %w", err)
 				return
+			}
+			if r.SystemVersionInfo != "" {
+				u.mu.Lock()
+				u.seen = r.SystemVersionInfo
+				u.mu.Unlock()
 			}
 			if lanes[r.TypeUrl] == nil {
 				lanes[r.TypeUrl] = newLane(ctx)
@@ -347,6 +386,9 @@ func (u *Upstream) opening() []*discovery.DeltaDiscoveryRequest {
 		if r := requests[k.TypeURL]; r != nil {
 			r.InitialResourceVersions[k.Name] = v
 		}
+	}
+	for id, w := range u.workloads {
+		requests[TypeWorkload].InitialResourceVersions[id.name()], _ = w.parts()
 	}
 	var out []*discovery.DeltaDiscoveryRequest
 	for _, t := range types {
@@ -497,6 +539,10 @@ func (u *Upstream) store(k Key, version string, body *anypb.Any) error {
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	if w, ok := m.(*meshv1.Workload); ok {
+		u.workloads[compactUID(k.Name)] = compact(w, version)
+		return nil
+	}
 	u.bodies[k], u.versions[k] = m, version
 	return nil
 }
@@ -508,12 +554,16 @@ func (u *Upstream) index(r *discovery.DeltaDiscoveryResponse) error {
 		if err := u.store(Key{r.TypeUrl, res.Name}, res.Version, res.Resource); err != nil {
 			bad = err
 		}
+		res.Resource = nil // the answer, which may wait long, needs no more than the names
 	}
 	u.mu.Lock()
 	for _, name := range r.RemovedResources {
 		k := Key{r.TypeUrl, name}
 		delete(u.bodies, k)
 		delete(u.versions, k)
+		if k.TypeURL == TypeWorkload {
+			delete(u.workloads, compactUID(name))
+		}
 	}
 	if u.missing[r.TypeUrl] {
 		delete(u.missing, r.TypeUrl)

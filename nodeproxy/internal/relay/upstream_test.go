@@ -51,7 +51,7 @@ func TestIndexIsAppliedInOrder(t *testing.T) {
 			mu.Lock()
 			defer mu.Unlock()
 			running--
-			applied = append(applied, fmt.Sprint(len(upstream.Workloads())))
+			applied = append(applied, fmt.Sprint(len(upstream.Captured())))
 			return nil
 		},
 	})
@@ -62,7 +62,7 @@ func TestIndexIsAppliedInOrder(t *testing.T) {
 	var nonces []string
 	for i := range 3 {
 		name := fmt.Sprint(i)
-		nonces = append(nonces, controller.Send(t, relay.TypeWorkload, map[string]proto.Message{name: &meshv1.Workload{Uid: name}}))
+		nonces = append(nonces, controller.Send(t, relay.TypeWorkload, map[string]proto.Message{name: &meshv1.Workload{Uid: name, Mtls: true, Addresses: [][]byte{{10, 1, 0, byte(i)}}}}))
 	}
 	other := controller.Send(t, relay.TypeMesh, map[string]proto.Message{"mesh": &meshv1.Mesh{TrustDomain: "cluster.local"}})
 	until(t, "the other type is in force", func() bool { _, ok := controller.Answer(other); return ok }, nil)
@@ -149,4 +149,59 @@ func TestSecretsByName(t *testing.T) {
 	expect([]string{coming}, nil)
 	give(known) // another one
 	expect([]string{known}, nil)
+}
+
+// TestSeenIsKept: what a replica of the controller called its state the next one is told, by the next agent too.
+func TestSeenIsKept(t *testing.T) {
+	controller := relaytest.NewController(t)
+	start := func(kept []relay.Resource) (*relay.Upstream, context.CancelFunc) {
+		var upstream *relay.Upstream
+		cache := relay.NewCache(relay.Config{Want: func(k relay.Key, wanted bool) { upstream.Want(k, wanted) }, Log: slog.New(slog.DiscardHandler)})
+		upstream = relay.NewUpstream(relay.UpstreamConfig{
+			Connect: controller.Connect, Node: "n1", Cache: cache, Log: slog.New(slog.DiscardHandler), Apply: func(context.Context, string) error { return nil },
+		})
+		upstream.Restore(kept)
+		ctx, cancel := context.WithCancel(context.Background())
+		t.Cleanup(cancel)
+		go upstream.Run(ctx)
+		return upstream, cancel
+	}
+	opened := func(streams int) {
+		t.Helper()
+		until(t, "the agent is connected", func() bool { open, n := controller.Connected(); return open && n == streams }, nil)
+	}
+	give := func(state string, m *meshv1.Mesh) {
+		t.Helper()
+		controller.Call(state)
+		nonce := controller.Send(t, relay.TypeMesh, map[string]proto.Message{"mesh": m})
+		until(t, "the response is answered", func() bool { _, ok := controller.Answer(nonce); return ok }, nil)
+	}
+	upstream, stop := start(nil)
+	opened(1)
+	if controller.Seen() != "" {
+		t.Errorf("a new agent has seen %q", controller.Seen())
+	}
+	give("7.1 pods=5", &meshv1.Mesh{TrustDomain: "cluster.local"})
+	give("7.2 pods=6", &meshv1.Mesh{TrustDomain: "cluster.local"})
+	controller.Cut()
+	opened(2)
+	if controller.Seen() != "7.2 pods=6" {
+		t.Errorf("the next replica is told %q", controller.Seen())
+	}
+	kept, err := upstream.Index()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.ContainsFunc(kept, func(r relay.Resource) bool {
+		return r.Key.TypeURL == relay.TypeSeen && r.Body.TypeUrl == relay.TypeSeen
+	}) {
+		t.Errorf("kept without it: %v", kept)
+	}
+	stop()
+	until(t, "the agent is gone", func() bool { open, _ := controller.Connected(); return !open }, nil)
+	start(kept)
+	opened(3)
+	if controller.Seen() != "7.2 pods=6" {
+		t.Errorf("the next agent says %q", controller.Seen())
+	}
 }

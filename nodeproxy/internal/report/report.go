@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
@@ -151,7 +152,11 @@ func (r *Reporter) stream(ctx context.Context) error {
 			}
 		}
 	}()
-	hello := &meshv1.Hello{Node: r.config.Node, BootId: r.config.BootID, Version: r.config.Version}
+	opened, err := sinceBoot()
+	if err != nil {
+		return err
+	}
+	hello := &meshv1.Hello{Node: r.config.Node, BootId: r.config.BootID, Version: r.config.Version, Opened: opened}
 	if err := s.Send(&meshv1.NodeReport{Kind: &meshv1.NodeReport_Hello{Hello: hello}}); err != nil {
 		return fmt.Errorf("report: %w", err)
 	}
@@ -190,6 +195,15 @@ func (r *Reporter) stream(ctx context.Context) error {
 			}
 		}
 	}
+}
+
+// sinceBoot is the kernel's time in nanoseconds: the next agent on this node goes on from it.
+func sinceBoot() (uint64, error) {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
+		return 0, fmt.Errorf("read the kernel's clock: %w", err)
+	}
+	return uint64(t.Nano()), nil
 }
 
 // take returns what is to be said; health is nil if it has been.

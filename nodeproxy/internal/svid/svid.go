@@ -22,6 +22,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 
@@ -197,12 +198,20 @@ func (a *Agent) tlsConfig(identify bool) *tls.Config {
 	return c
 }
 
+// largestResponse bounds what the controller sends at once: all of one type, 300 bytes for each pod in the mesh. gRPC's own bound of
+// 4 MiB is reached with 13,000 pods.
+const largestResponse = 64 << 20
+
 func (a *Agent) dial(identify bool) (*grpc.ClientConn, error) {
 	host, _, err := net.SplitHostPort(a.config.Controller)
 	if err != nil {
 		return nil, fmt.Errorf("read controller address: %w", err)
 	}
-	return grpc.NewClient("dns:///"+a.config.Controller, grpc.WithTransportCredentials(credentials.NewTLS(a.tlsConfig(identify))), grpc.WithAuthority(host),
+	// A replica that has gone must not be waited for: another one answers.
+	retry := backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 5 * time.Second}
+	return grpc.NewClient("dns:///"+a.config.Controller, grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry, MinConnectTimeout: 3 * time.Second}),
+		grpc.WithTransportCredentials(credentials.NewTLS(a.tlsConfig(identify))), grpc.WithAuthority(host),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(largestResponse)),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second, PermitWithoutStream: true}))
 }
 

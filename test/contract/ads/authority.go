@@ -58,14 +58,7 @@ func (a *Authority) Issue(id string) (chain, key []byte, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	uri, err := url.Parse(id)
-	if err != nil {
-		return nil, nil, fmt.Errorf("issue a certificate: %w", err)
-	}
-	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth}, URIs: []*url.URL{uri},
-	}, a.cert, private.Public(), a.key)
+	der, err := a.Sign(id, private.Public())
 	if err != nil {
 		return nil, nil, err
 	}
@@ -74,6 +67,18 @@ func (a *Authority) Issue(id string) (chain, key []byte, err error) {
 		return nil, nil, err
 	}
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), nil
+}
+
+// Sign makes a certificate with one SPIFFE ID for somebody's key, in DER.
+func (a *Authority) Sign(id string, public any) ([]byte, error) {
+	uri, err := url.Parse(id)
+	if err != nil {
+		return nil, fmt.Errorf("issue a certificate: %w", err)
+	}
+	return x509.CreateCertificate(rand.Reader, &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth}, URIs: []*url.URL{uri},
+	}, a.cert, public, a.key)
 }
 
 // KeyPair issues a certificate for Go's TLS.

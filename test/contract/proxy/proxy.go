@@ -54,6 +54,30 @@ type Config struct {
 	Stats string
 	// Concurrency is the number of worker threads; 0: 2.
 	Concurrency int
+	// Supervisor, if set, is nodeproxy's program, and runs Envoy as on a node: with its own user, without capabilities, with a
+	// broker. XDS must then be AgentSocket; Stats is the supervisor's own.
+	Supervisor string
+	// Program is Envoy's, where another user than root can reach it; "": Binary.
+	Program string
+}
+
+// User of an Envoy that a supervisor runs.
+const User = 15001
+
+// RunDir is the folder that a supervisor shares with its agent. Everybody may enter it.
+func (c Config) RunDir() string { return filepath.Join(c.Dir, c.Node) }
+
+// GenerationDir is the folder in it of the one generation that runs.
+func (c Config) GenerationDir() string { return filepath.Join(c.RunDir(), "generation-0") }
+
+// AgentSocket is where the Envoy of a supervisor asks its agent.
+func (c Config) AgentSocket() string { return filepath.Join(c.RunDir(), "agent.sock") }
+
+func (c Config) adminSocket() string {
+	if c.Supervisor != "" {
+		return filepath.Join(c.GenerationDir(), "envoy", "admin.sock")
+	}
+	return filepath.Join(c.Dir, c.Node+".admin")
 }
 
 // Envoy is a running process.
@@ -86,26 +110,57 @@ func (c Config) stats() string {
 	return c.Stats
 }
 
+// command is what is started, but for the namespace.
+func (c Config) command() ([]string, error) {
+	workers := strconv.Itoa(c.Concurrency)
+	if c.Supervisor != "" {
+		mount, err := cgroup2()
+		return []string{c.Supervisor, "envoy", "--envoy", c.Program, "--run-dir", c.RunDir(), "--node-name", c.Node, "--pod-uid", "lab",
+			"--cgroup-root", mount, "--self-cgroup", "/nonexistent", "--concurrency", workers, "--drain-timeout", "1s", "--log-level", "warn"}, err
+	}
+	config := filepath.Join(c.Dir, c.Node+".json")
+	if err := os.WriteFile(config, fmt.Appendf(nil, bootstrap, c.Node, c.adminSocket(), c.XDS, c.stats()), 0o600); err != nil {
+		return nil, fmt.Errorf("write Envoy's bootstrap: %w", err)
+	}
+	return []string{c.Program, "-c", config, "--use-dynamic-base-id", "--disable-hot-restart", "--concurrency", workers, "--drain-time-s", "5", "--file-flush-interval-msec", "100", "-l", "warning"}, nil
+}
+
+// cgroup2 is where cgroup v2 is mounted.
+func cgroup2() (string, error) {
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return "", fmt.Errorf("find cgroup v2: %w", err)
+	}
+	for line := range strings.Lines(string(mounts)) {
+		before, after, _ := strings.Cut(line, " - ")
+		if f := strings.Fields(before); strings.HasPrefix(after, "cgroup2 ") && len(f) > 4 {
+			return f[4], nil
+		}
+	}
+	return "", errors.New("find cgroup v2: it is not mounted")
+}
+
 // Start runs Envoy and waits until its admin socket answers.
 func Start(ctx context.Context, cfg Config) (*Envoy, error) {
-	binary, err := Binary()
-	if err != nil {
-		return nil, err
-	}
-	admin := filepath.Join(cfg.Dir, cfg.Node+".admin")
-	config := filepath.Join(cfg.Dir, cfg.Node+".json")
-	if err := os.WriteFile(config, fmt.Appendf(nil, bootstrap, cfg.Node, admin, cfg.XDS, cfg.stats()), 0o600); err != nil {
-		return nil, fmt.Errorf("write Envoy's bootstrap: %w", err)
+	if cfg.Program == "" {
+		var err error
+		if cfg.Program, err = Binary(); err != nil {
+			return nil, err
+		}
 	}
 	if cfg.Concurrency == 0 {
 		cfg.Concurrency = 2
 	}
+	args, err := cfg.command()
+	if err != nil {
+		return nil, err
+	}
+	admin := cfg.adminSocket()
 	log, err := os.Create(filepath.Join(cfg.Dir, cfg.Node+".log"))
 	if err != nil {
 		return nil, err
 	}
 	defer log.Close()
-	args := []string{binary, "-c", config, "--use-dynamic-base-id", "--disable-hot-restart", "--concurrency", strconv.Itoa(cfg.Concurrency), "--drain-time-s", "5", "--file-flush-interval-msec", "100", "-l", "warning"}
 	if cfg.Netns != "" {
 		args = append([]string{"nsenter", "--net=" + cfg.Netns}, args...)
 	}

@@ -135,13 +135,7 @@ func removeStale(mount string) {
 func removeCgroup(dir string) {
 	_ = os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0)
 	for deadline := time.Now().Add(10 * time.Second); ; {
-		children, _ := filepath.Glob(filepath.Join(dir, "*"))
-		for _, child := range children {
-			if info, err := os.Stat(child); err == nil && info.IsDir() {
-				_ = os.Remove(child)
-			}
-		}
-		err := os.Remove(dir)
+		err := removeTree(dir)
 		if err == nil || errors.Is(err, os.ErrNotExist) {
 			return
 		}
@@ -151,4 +145,15 @@ func removeCgroup(dir string) {
 		}
 		time.Sleep(10 * time.Millisecond) // processes that were killed take a moment to leave
 	}
+}
+
+// removeTree removes a cgroup with those inside it, as far as they are empty.
+func removeTree(dir string) error {
+	children, _ := filepath.Glob(filepath.Join(dir, "*"))
+	for _, child := range children {
+		if info, err := os.Stat(child); err == nil && info.IsDir() {
+			_ = removeTree(child)
+		}
+	}
+	return os.Remove(dir)
 }

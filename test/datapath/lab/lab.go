@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,10 +12,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	cluster "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	endpoint "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 	gwv1 "sigs.k8s.io/gateway-api/apis/v1"
 
@@ -37,6 +41,11 @@ type Spec struct {
 	GRPCRoutes []*gwv1.GRPCRoute
 	// Module is the root of the clone, where the tools that build resources are compiled.
 	Module string
+	// AsOnNodes runs each Envoy under nodeproxy's supervisor, without an access log, and has each node's hooks see only what
+	// runs in that node's own cgroup (Lab.Cgroup). What Pod.Dial and Pod.Listen open is then not captured.
+	AsOnNodes bool
+	// Concurrency is the number of worker threads of each Envoy; 0: 2.
+	Concurrency int
 }
 
 // PodSpec is one pod. An Account of "" leaves it out of the mesh.
@@ -59,6 +68,8 @@ type ServiceSpec struct {
 	Ports     []PortSpec
 	// Pods behind it.
 	Pods []string
+	// IPv4 alone, not both families.
+	IPv4 bool
 }
 
 // PortSpec maps a service port to a pod port.
@@ -148,7 +159,11 @@ func (s ServiceSpec) addresses() []netip.Addr {
 
 // build compiles the tools that make resources.
 func (l *Lab) build(ctx context.Context) error {
-	for tool, path := range map[string]string{"lds": "./nodeproxy/internal/lds/render", "xds": "./controlplane/internal/xds/render"} {
+	tools := map[string]string{"lds": "./nodeproxy/internal/lds/render", "xds": "./controlplane/internal/xds/render"}
+	if l.spec.AsOnNodes {
+		tools["nodeproxy"] = "./nodeproxy"
+	}
+	for tool, path := range tools {
 		cmd := exec.CommandContext(ctx, "go", "build", "-o", filepath.Join(l.scratch, "bin", tool), path)
 		cmd.Dir = l.spec.Module
 		if out, err := cmd.CombinedOutput(); err != nil {
@@ -215,21 +230,42 @@ func (l *Lab) start(ctx context.Context) (err error) {
 		if err := os.Mkdir(n.cgroup, 0o755); err != nil {
 			return fmt.Errorf("make Envoy's cgroup: %w", err)
 		}
-		if n.redirect, err = redirect.Load(redirect.Config{CgroupRoot: base, PinDir: filepath.Join(l.scratch, "bpf", n.name)}); err != nil {
+		root, proxies := base, n.cgroup
+		if l.spec.AsOnNodes {
+			root, proxies = n.cgroup, filepath.Join(n.cgroup, "envoy")
+			if err := os.Mkdir(proxies, 0o755); err != nil {
+				return fmt.Errorf("make Envoy's cgroup: %w", err)
+			}
+		}
+		if n.redirect, err = redirect.Load(redirect.Config{CgroupRoot: root, PinDir: filepath.Join(l.scratch, "bpf", n.name)}); err != nil {
 			return err
 		}
-		if err := n.redirect.AttachProxy(0, n.cgroup); err != nil {
+		if err := n.redirect.AttachProxy(0, proxies); err != nil {
 			return err
 		}
-		socket := filepath.Join(l.scratch, "envoy", n.name+".xds")
-		if n.ads, err = ads.Serve(socket, func(typeURL, name string) proto.Message { return l.answer(i, typeURL, name) }); err != nil {
+		config := proxy.Config{Node: n.name, Dir: filepath.Join(l.scratch, "envoy"), XDS: filepath.Join(l.scratch, "envoy", n.name+".xds"), Netns: n.own.path, Concurrency: l.spec.Concurrency}
+		if l.spec.AsOnNodes {
+			if err := l.supervise(&config); err != nil {
+				return err
+			}
+		}
+		if n.ads, err = ads.Serve(config.XDS, func(typeURL, name string) proto.Message { return l.answer(i, typeURL, name) }); err != nil {
 			return err
+		}
+		if l.spec.AsOnNodes {
+			if err := os.Chown(config.XDS, 0, proxy.User); err != nil {
+				return fmt.Errorf("give Envoy the agent's socket: %w", err)
+			}
+			if err := os.Chmod(config.XDS, 0o660); err != nil {
+				return fmt.Errorf("give Envoy the agent's socket: %w", err)
+			}
 		}
 		cgroup, err := os.Open(n.cgroup)
 		if err != nil {
 			return err
 		}
-		n.envoy, err = proxy.Start(ctx, proxy.Config{Node: n.name, Dir: filepath.Join(l.scratch, "envoy"), XDS: socket, Cgroup: cgroup, Netns: n.own.path})
+		config.Cgroup = cgroup
+		n.envoy, err = proxy.Start(ctx, config)
 		cgroup.Close()
 		if err != nil {
 			return err
@@ -280,6 +316,7 @@ func (l *Lab) Close() error {
 			}
 		}
 		if n.cgroup != "" {
+			_ = os.Remove(filepath.Join(n.cgroup, "envoy"))
 			errs = append(errs, os.Remove(n.cgroup))
 		}
 	}
@@ -308,6 +345,11 @@ func (l *Lab) Enrol(ctx context.Context) error {
 			for _, a := range s.addresses() {
 				services = append(services, redirect.Service{Addr: netip.AddrPortFrom(a, port.Port), Class: class})
 			}
+		}
+	}
+	if l.spec.AsOnNodes {
+		if err := l.allow(); err != nil {
+			return err
 		}
 	}
 	if err := l.Apply(ctx); err != nil {
@@ -343,6 +385,19 @@ func (l *Lab) Enrol(ctx context.Context) error {
 	return nil
 }
 
+// Shortcut switches the short circuit of every pod that has an account.
+func (l *Lab) Shortcut(on bool) error {
+	for _, pod := range l.pods {
+		if pod.Account == "" {
+			continue
+		}
+		if err := l.nodes[pod.Node].redirect.SetShortcut(pod.UID, on); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Log is what one node's Envoy wrote, its access log included.
 func (l *Lab) Log(node int) string { return l.nodes[node].envoy.Log() }
 
@@ -352,6 +407,72 @@ func (l *Lab) Stat(node int, name string) (uint64, error) { return l.nodes[node]
 // Stats reads those that a pattern names.
 func (l *Lab) Stats(node int, pattern string) (string, error) {
 	return l.nodes[node].envoy.Admin("GET", "/stats?usedonly&filter="+pattern)
+}
+
+// ClientAddress says whether apps see their own pod's address as their client's, on all nodes.
+func (l *Lab) ClientAddress(own bool) error {
+	var errs []error
+	for _, n := range l.nodes {
+		errs = append(errs, n.redirect.SetClientAddress(own))
+	}
+	return errors.Join(errs...)
+}
+
+// Memory is what a node's Envoy holds, in bytes.
+func (l *Lab) Memory(node int) (uint64, error) { return l.nodes[node].envoy.Resident() }
+
+// CPU is the processor time that a node's Envoy has taken.
+func (l *Lab) CPU(node int) (time.Duration, error) {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", l.nodes[node].envoy.PID()))
+	if err != nil {
+		return 0, err
+	}
+	fields := strings.Fields(string(raw[bytes.LastIndexByte(raw, ')')+1:]))
+	var user, system int64
+	if _, err := fmt.Sscan(fields[11]+" "+fields[12], &user, &system); err != nil {
+		return 0, fmt.Errorf("read Envoy's processor time: %w", err)
+	}
+	return time.Duration(user+system) * 10 * time.Millisecond, nil
+}
+
+// Claim gives a pod every address of a prefix of its node's range, to dial from.
+func (p *Pod) Claim(prefix string) error {
+	node := p.lab.nodes[p.Node].space
+	if err := node.run(func() error {
+		link, err := netlink.LinkByName("v" + p.Name)
+		if err != nil {
+			return err
+		}
+		return route(link, prefix, p.Addresses[1].String())
+	}); err != nil {
+		return err
+	}
+	return p.run(func() error {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		return netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Dst: ipNet(prefix)})
+	})
+}
+
+// DialFrom connects from one of the claimed addresses.
+func (p *Pod) DialFrom(ctx context.Context, from netip.Addr, to string) (conn net.Conn, err error) {
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: from.AsSlice()}, Control: func(_, _ string, raw syscall.RawConn) error {
+		var failed error
+		err := raw.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_FREEBIND, 1) })
+		return errors.Join(err, failed)
+	}}
+	err = p.run(func() error {
+		conn, err = dialer.DialContext(ctx, "tcp", to)
+		return err
+	})
+	return conn, err
+}
+
+// Command makes a process of an app inside the pod.
+func (p *Pod) Command(name string, args ...string) *exec.Cmd {
+	return exec.Command("nsenter", append([]string{"--net=" + p.path, name}, args...)...)
 }
 
 // Kernel reads a node's counters of the hooks.

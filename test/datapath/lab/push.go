@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os/exec"
 	"path/filepath"
+	"slices"
 
 	cluster "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	endpoint "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
@@ -137,7 +138,10 @@ func (l *Lab) controllerInput() object {
 			for _, name := range s.Pods {
 				pod := l.pods[name]
 				for _, a := range pod.Addresses {
-					direct = append(direct, names.TCPCluster(netip.AddrPortFrom(a, port.Target)))
+					if s.IPv4 && !a.Is4() {
+						continue
+					}
+					direct = append(direct, names.PodCluster(a))
 					endpoints = append(endpoints, object{"Address": netip.AddrPortFrom(a, port.Target), "Transport": 2, "Identity": pod.ID(),
 						"Pod": pod.UID, "Generation": fmt.Sprint(l.generation), "Ready": true, "Serving": true})
 				}
@@ -151,7 +155,8 @@ func (l *Lab) controllerInput() object {
 			pods = append(pods, object{"UID": pod.UID, "SPIFFEID": pod.ID(), "Addresses": pod.Addresses, "Stage": 2, "MTLS": true})
 		}
 	}
-	return object{"Services": services, "Pods": pods, "Clusters": direct, "HTTPRoutes": l.spec.HTTPRoutes, "GRPCRoutes": l.spec.GRPCRoutes}
+	slices.Sort(direct)
+	return object{"Services": services, "Pods": pods, "Clusters": slices.Compact(direct), "HTTPRoutes": l.spec.HTTPRoutes, "GRPCRoutes": l.spec.GRPCRoutes}
 }
 
 // agentInput is what the node's agent knows.
@@ -172,7 +177,7 @@ func (l *Lab) agentInput(node int, controller golden.File) object {
 			}
 		}
 		pods = append(pods, object{"Previous": previous, "UID": pod.UID, "Namespace": Namespace, "SPIFFEID": pod.ID(), "Sandbox": "sandbox", "NetnsPath": pod.path,
-			"Stage": pod.Stage, "ServerFirst": pod.ServerFirst, "AccessLog": true, "Revision": pod.Revision, "PreviousRevision": pod.PreviousRevision, "Policy": json.RawMessage(policy)})
+			"Stage": pod.Stage, "ServerFirst": pod.ServerFirst, "AccessLog": !l.spec.AsOnNodes, "Revision": pod.Revision, "PreviousRevision": pod.PreviousRevision, "Policy": json.RawMessage(policy)})
 	}
 	for _, m := range controller.Mesh {
 		if service, ok := m.(*meshv1.Service); ok {

@@ -31,10 +31,11 @@ var sources = []struct {
 	args      []string
 }{
 	{"cgroups", "test/cluster/cgroups", nil},
-	{"redirect", "redirect", nil},
-	// Short: one pod holds 2,010 connections instead of 40,200, with a twentieth of the source ports.
-	// The table runs as two nodes side by side, which contains what one node alone shows.
-	{"netns", "test/netns", []string{"-test.short", "-test.skip=^TestHooks$"}},
+	// A page of the documentation depends on no kernel, and is not there.
+	{"redirect", "redirect", []string{"-test.skip=^TestMetricsAreDocumented$"}},
+	// Short: one pod holds 402 connections instead of 40,200, with a hundredth of the source ports.
+	// One node of the two that run the table side by side: that they leave each other alone is no matter of the kernel's age.
+	{"netns", "test/netns", []string{"-test.short", "-test.skip=^TestHooks$/./^right$"}},
 }
 
 func TestKernels(t *testing.T) {
@@ -64,7 +65,7 @@ func TestKernels(t *testing.T) {
 		Init:     build("init", "build", "./test/kernels/init"),
 		Programs: map[string]string{"sleep": busybox(t)},
 		MemoryMB: 2048,
-		CPUs:     2,
+		CPUs:     1, // emulated, more of them spend their time waiting for one another
 	}
 	for _, s := range sources {
 		test := kernels.Test{Name: s.name, Binary: build(s.name+".test", "test", "-c", "./"+s.pkg), Files: recorded(t, filepath.Join(root, s.pkg))}
@@ -132,11 +133,19 @@ func boot(ctx context.Context, t *testing.T, m *kernels.Machine) {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	started := time.Now()
-	if err := m.Boot(ctx, &both{file: file, buffer: &report}); err != nil {
-		t.Error(err) // what the machine said until then comes below
+	for attempts := 2; ; attempts-- {
+		started := time.Now()
+		if err := m.Boot(ctx, &both{file: file, buffer: &report}); err != nil {
+			t.Error(err) // what the machine said until then comes below
+		}
+		t.Logf("kernel %s ran for %v", m.Kernel.Version, time.Since(started).Round(time.Second))
+		// An emulated kernel may die of its emulation while it starts; of a hook it cannot, before there is one.
+		early, err := os.ReadFile(m.Console())
+		if err != nil || report.Len() > 0 || attempts == 0 || !bytes.Contains(early, []byte("Kernel panic")) {
+			break
+		}
+		t.Logf("it died before a test began, and is started again:\n%s", early)
 	}
-	t.Logf("kernel %s ran for %v", m.Kernel.Version, time.Since(started).Round(time.Second))
 	sections, err := kernels.Sections(report.Bytes())
 	if err != nil {
 		t.Errorf("kernel %s: %v", m.Kernel.Version, err)

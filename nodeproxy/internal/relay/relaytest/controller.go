@@ -13,6 +13,7 @@ import (
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
 
@@ -35,6 +36,8 @@ type Controller struct {
 	opening map[relay.Key]string
 	answers map[string]string // by nonce: "" for an ACK
 	nonce   int
+	state   string // what responses call their state
+	seen    string // what the agent called the state that it was given last
 }
 
 // NewController starts one; it ends with the test.
@@ -62,6 +65,9 @@ func (c *Controller) DeltaAggregatedResources(g discovery.AggregatedDiscoverySer
 	c.stream, c.end = g, cancel
 	c.streams++
 	c.opening = map[relay.Key]string{}
+	if m, ok := metadata.FromIncomingContext(g.Context()); ok {
+		c.seen = strings.Join(m.Get("weft-seen"), ",")
+	}
 	c.mu.Unlock()
 	go func() {
 		defer cancel()
@@ -121,6 +127,20 @@ func (c *Controller) Connected() (bool, int) {
 	return c.stream != nil, c.streams
 }
 
+// Call lets responses from now on call their state so.
+func (c *Controller) Call(state string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.state = state
+}
+
+// Seen is what the agent said when it opened its stream that it was given last.
+func (c *Controller) Seen() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.seen
+}
+
 // Cut ends the agent's stream.
 func (c *Controller) Cut() {
 	c.mu.Lock()
@@ -136,7 +156,7 @@ func (c *Controller) Send(t *testing.T, typeURL string, resources map[string]pro
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.nonce++
-	r := &discovery.DeltaDiscoveryResponse{TypeUrl: typeURL, Nonce: fmt.Sprint(c.nonce)}
+	r := &discovery.DeltaDiscoveryResponse{TypeUrl: typeURL, Nonce: fmt.Sprint(c.nonce), SystemVersionInfo: c.state}
 	for name, m := range resources {
 		if m == nil {
 			r.RemovedResources = append(r.RemovedResources, name)

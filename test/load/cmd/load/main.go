@@ -1,4 +1,5 @@
-// Command load runs the traffic generator and prints its counters, one JSON object a line.
+// Command load runs the traffic generator and prints its counters, one JSON object a line; or it is an attacker, or what is
+// attacked, of the tests of hostile pods.
 package main
 
 import (
@@ -17,6 +18,12 @@ import (
 )
 
 func main() {
+	if len(os.Args) > 1 && hostile[os.Args[1]] != nil {
+		if err := hostile[os.Args[1]](os.Args[2:]); err != nil {
+			log.Fatal(err)
+		}
+		return
+	}
 	targets := flag.String("targets", os.Getenv("LOAD_TARGETS"), "JSON list of targets, or @file")
 	every := flag.Duration("every", 500*time.Millisecond, "time between two lines")
 	last := flag.Duration("for", 0, "stop after this time; 0: on SIGTERM")

@@ -15,19 +15,54 @@ import (
 )
 
 var (
-	kills   = flag.Int("kills", 6, "times that an agent is killed under load (make soak: 100)")
+	kills   = flag.Int("kills", 4, "times that an agent is killed under load (make soak: 100)")
 	crashes = flag.Int("crashes", 4, "times that Envoy is killed under load (make soak: 100)")
-	away    = flag.Duration("away", 30*time.Second, "how long all controllers stay away under load (make soak: 10m)")
+	away    = flag.Duration("away", 15*time.Second, "how long all controllers stay away under load (make soak: 10m)")
 )
 
-// newEnrolledShop is the shop under its usual load, all of it in the mesh, with Strict callees under policies.
-func newEnrolledShop(t *testing.T) shop {
-	t.Helper()
-	s := newShop(t)
-	apply(t, guarded)
+// enrolledShop brings a shop into the mesh, with Strict callees under policies.
+func enrolledShop(s shop) shop {
+	s.Helper()
+	apply(s.T, guarded)
 	s.label(callers, true) // a Strict callee would refuse those that are not in yet
 	s.label(callees, true)
 	return s
+}
+
+// TestFailures: what weft is made of dies or goes away under load. The tests share a shop.
+func TestFailures(t *testing.T) {
+	all := enrolledShop(newShop(t))
+	for _, failure := range []struct {
+		name string
+		test func(shop)
+	}{
+		{"Chaos", shop.chaos},
+		{"AgentKilled", shop.agentKilled},
+		{"ControllersAwayForLong", shop.controllersAway},
+		{"ReplicasServe", shop.replicasServe},
+		{"LeaderKilledUnderWay", shop.leaderKilled},
+		{"ReplicaWithBlockedWatches", shop.blockedWatches},
+		{"APIServerAway", shop.apiServerAway},
+		{"EnvoyKilledUnderLoad", shop.envoyKilled},
+	} {
+		t.Run(failure.name, func(t *testing.T) { failure.test(all.again(t)) })
+	}
+	all.again(t).leave()
+}
+
+// again is the shop for another test: all of it in the mesh, and what was lost before counts no more.
+func (s shop) again(t *testing.T) shop {
+	t.Helper()
+	s = s.sub(t)
+	s.label(callers, true)
+	s.label(callees, true)
+	s.before = s.fresh()
+	return s
+}
+
+// clients is how many run in the load's pods.
+func (s shop) clients() uint64 {
+	return 14 * uint64(len(s.traffic.ByPod())) // examples/shop/load.yaml
 }
 
 // leave takes the shop out of the mesh, and counts.
@@ -38,18 +73,18 @@ func (s shop) leave() load.Stats {
 	return s.lossless()
 }
 
-// TestAgentKilled: an agent that is killed again and again under load changes nothing for traffic.
-func TestAgentKilled(t *testing.T) {
-	s := newEnrolledShop(t)
+// agentKilled: an agent that is killed again and again under load changes nothing for traffic.
+func (s shop) agentKilled() {
+	t := s.T
 	for i := range *kills {
 		s.killAgent(placements[i%2].node)
 		s.dwell(200)
 	}
 	// What changes meanwhile is put into force by the agents that came after.
-	if err := k8s.UntilCondition(t.Context(), time.Minute, "shop", "app in (catalogue,prices,redis)", enforced, "True", nil); err != nil {
+	if err := k8s.UntilCondition(t.Context(), time.Minute, "shop", callees, enforced, "True", nil); err != nil {
 		t.Fatal(err)
 	}
-	sum := s.leave()
+	sum := s.lossless()
 	t.Logf("%d kills: %d requests, %d connections", *kills, sum.Requests, sum.Connections)
 }
 
@@ -71,20 +106,17 @@ func (s shop) killAgent(node string) {
 	})
 }
 
-// TestControllersAwayForLong: while no controller runs, agents are killed and containers restart, traffic goes on; a pod that is new
+// controllersAway: while no controller runs, agents are killed and containers restart, traffic goes on; a pod that is new
 // waits, and starts when a controller is back.
-func TestControllersAwayForLong(t *testing.T) {
-	s := newEnrolledShop(t)
+func (s shop) controllersAway() {
+	t := s.T
 	apply(t, podOn("steady", "n2", "mesh", "", `args: [serve], readinessProbe: {httpGet: {path: /pod, port: 8080}, periodSeconds: 1}`))
 	inMesh(t, "app=steady", "Captured")
 	ready(t, "app=steady")
 	scale(t, 0)
-	t.Cleanup(func() { scale(t, 1) })
+	t.Cleanup(func() { scale(t, controllers) })
 	apply(t, podOn("late", "n1", "mesh", "", `args: [serve], readinessProbe: {httpGet: {path: /pod, port: 8080}, periodSeconds: 1}`))
-	until(t, time.Minute, "the new pod's refusal", func() (bool, string) {
-		out, err := k8s.Kubectl(t.Context(), "get", "pod", "-n", "mesh", "late", "-o", "jsonpath={.status.containerStatuses[0].state}")
-		return err == nil && strings.Contains(out, "weft: the pod is not in the mesh yet: "), out
-	})
+	notMade(t, "late", "weft: the pod is not in the mesh yet: ")
 	for began, i := time.Now(), 0; time.Since(began) < *away; i++ {
 		s.killAgent(placements[i%2].node)
 		was := pod(t, "mesh", "steady", "n2").Restarts
@@ -101,21 +133,18 @@ func TestControllersAwayForLong(t *testing.T) {
 	if p := pods(t, "mesh", "app=late"); len(p) != 1 || p[0].Ready {
 		t.Errorf("a new pod is ready without a controller: %+v", p)
 	}
-	scale(t, 1)
+	scale(t, controllers)
 	ready(t, "app=late")
 	inMesh(t, "app=late", "Captured")
-	sum := s.leave()
+	sum := s.lossless()
 	t.Logf("away for %v: %d requests, %d connections", *away, sum.Requests, sum.Connections)
 }
 
-// TestEnvoyKilledUnderLoad: with an Envoy only what it had in hand is lost, at most one request of each client; connections that
+// envoyKilled: with an Envoy only what it had in hand is lost, at most one request of each client; connections that
 // come while it is away wait.
-func TestEnvoyKilledUnderLoad(t *testing.T) {
-	s := newEnrolledShop(t)
-	clients := uint64(0)
-	for range s.traffic.ByPod() {
-		clients += 15 // examples/shop/load.yaml
-	}
+func (s shop) envoyKilled() {
+	t := s.T
+	clients := s.clients()
 	for i := range *crashes {
 		before := s.fresh()
 		node := placements[i%2].node
