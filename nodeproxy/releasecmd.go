@@ -16,7 +16,7 @@ func newReleaseCommand() *cobra.Command {
 			"Connections that Envoy holds go on in it until one end closes them or Envoy ends. A pod that made one keeps the\n" +
 			"local routes to Envoy (127.64.0.0/10 and fd77:5eed::/64) as long as it lives; they lead nowhere else.",
 		RunE: func(command *cobra.Command, _ []string) error {
-			if err := redirect.Release(pins); err != nil {
+			if err := redirect.Release(pins, true); err != nil {
 				return fmt.Errorf("release %s: %w", pins, err)
 			}
 			fmt.Fprintln(command.OutOrStdout(), "no hook or map of weft is left in the kernel under", pins)

@@ -67,7 +67,7 @@ func TestLoadOnAKernelWithoutAFeatureChangesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := Release(cfg.PinDir); err != nil {
+		if err := Release(cfg.PinDir, true); err != nil {
 			t.Error(err)
 		}
 	})

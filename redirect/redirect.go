@@ -112,7 +112,7 @@ func (r *Redirect) load(cfg Config, object func() (*ebpf.CollectionSpec, error),
 		return err
 	}
 	if stale {
-		if err := Release(cfg.PinDir); err != nil {
+		if err := Release(cfg.PinDir, false); err != nil {
 			return fmt.Errorf("load hooks: %w", err)
 		}
 		r.log.Info("pins of another boot released")

@@ -205,17 +205,18 @@ func (r *Redirect) Sweep(age time.Duration) (int, error) {
 }
 
 // Release removes the instance from the kernel and its traces from the pods' netns: every pod is then outside the mesh,
-// at once. Captured connections that are open go on in Envoy until one end closes them; a pod that made one keeps its
-// steering routes, without which IPv6 packets for Envoy would leave by the pod's interface. It closes the instance as well.
-func (r *Redirect) Release() error {
+// at once. Captured connections that are open go on in Envoy, if one runs, until one end closes them; a pod that made one
+// keeps its steering routes then, without which IPv6 packets for Envoy would leave by the pod's interface. It closes the
+// instance as well.
+func (r *Redirect) Release(envoyRuns bool) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return errors.Join(Release(string(r.pins)), r.close())
+	return errors.Join(Release(string(r.pins), envoyRuns), r.close())
 }
 
 // Release does the same as the method from the pins alone, for a node whose agent is gone. A missing directory is no
 // error, and what fails half-way can be repeated.
-func Release(pinDir string) error {
+func Release(pinDir string, envoyRuns bool) error {
 	p := pins(pinDir)
 	if _, err := os.Stat(pinDir); errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -225,7 +226,7 @@ func Release(pinDir string) error {
 	for i := len(rootHooks) - 1; i >= 0; i-- {
 		errs = append(errs, removePin(p.hook(rootHooks[i])))
 	}
-	errs = append(errs, releasePods(p))
+	errs = append(errs, releasePods(p, envoyRuns))
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("release: %w", err)
 	}
@@ -235,7 +236,7 @@ func Release(pinDir string) error {
 	return nil
 }
 
-func releasePods(p pins) error {
+func releasePods(p pins, envoyRuns bool) error {
 	maps := map[string]*ebpf.Map{}
 	defer func() {
 		for _, m := range maps {
@@ -262,7 +263,7 @@ func releasePods(p pins) error {
 	}
 	errs := []error{all.Err()}
 	for _, cookie := range cookies {
-		errs = append(errs, takeOut(maps, p, cookie, true))
+		errs = append(errs, takeOut(maps, p, cookie, envoyRuns))
 	}
 	return errors.Join(errs...)
 }

@@ -23,13 +23,14 @@ func TestClientAddress(t *testing.T) {
 			for _, ip := range server.IPs {
 				calls = append(calls, call{URL: "http://" + net.JoinHostPort(ip, "8080") + "/"})
 			}
-			// A request may go on a connection that Envoy keeps from before: that ends within seconds.
-			until(t, 30*time.Second, from.app+", "+at.name+", every way to show one of "+fmt.Sprint(own), func() (bool, string) {
+			// Envoy may keep a connection from before, for 10 s without a request.
+			until(t, 90*time.Second, from.app+", "+at.name+", every way to show one of "+fmt.Sprint(own), func() (bool, string) {
 				for i, o := range from.ask(t, at.node, calls...) {
 					var answer struct{ Remote string }
 					err := json.Unmarshal([]byte(o.Body), &answer)
 					seen, _, _ := net.SplitHostPort(answer.Remote)
 					if err != nil || !slices.Contains(own, seen) {
+						time.Sleep(11 * time.Second)
 						return false, fmt.Sprintf("%s: %+v: the app sees %q", calls[i].URL, o, answer.Remote)
 					}
 				}

@@ -5,6 +5,7 @@ package e2e
 import (
 	"bufio"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"maps"
@@ -387,19 +388,27 @@ func look(t *testing.T, node string) books {
 		b.memory[name] = residentKiB(t, pid) >> 10
 	}
 	for _, name := range []string{"addresses", "handovers", "listeners", "pods", "probes", "proxies", "records", "server_first", "services", "usages"} {
-		m, err := ebpf.LoadPinnedMap(filepath.Join(host, "sys/fs/bpf/weft/maps", name), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		n := 0
-		key := make([]byte, m.KeySize())
-		var next any
-		for err := m.NextKey(nil, key); err == nil; err = m.NextKey(next, key) {
-			n++
-			next = slices.Clone(key)
-		}
-		_ = m.Close()
-		b.counts["map "+name] = n
+		b.counts["map "+name] = len(entries(t, node, name))
 	}
 	return b
+}
+
+// entries are the values of one of the hooks' hash maps on a node, as the kernel has them.
+func entries(t *testing.T, node, name string) (values [][]byte) {
+	t.Helper()
+	m, err := ebpf.LoadPinnedMap(filepath.Join(fmt.Sprintf("/proc/%d/root", machine(t, node).PID), "sys/fs/bpf/weft/maps", name), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	found := map[string][]byte{} // what goes meanwhile lets the kernel begin anew
+	key, value := make([]byte, m.KeySize()), make([]byte, m.ValueSize())
+	all := m.Iterate()
+	for all.Next(&key, &value) {
+		found[string(key)] = slices.Clone(value)
+	}
+	if err := all.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+		t.Fatalf("read %s on %s: %v", name, node, err)
+	}
+	return slices.Collect(maps.Values(found))
 }

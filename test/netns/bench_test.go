@@ -85,7 +85,7 @@ func BenchmarkVerify(b *testing.B) {
 func BenchmarkLoadAndRelease(b *testing.B) {
 	w := newWorld(b)
 	for range b.N {
-		w.ok(w.redirect.Release())
+		w.ok(w.redirect.Release(true))
 		w.load()
 	}
 }

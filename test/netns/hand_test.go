@@ -225,7 +225,7 @@ func (w *worker) do(o order) (r report) {
 	case "load":
 		var r *redirect.Redirect
 		if r, err = redirect.Load(redirect.Config{CgroupRoot: o.To, PinDir: o.Netns}); err == nil {
-			err = errors.Join(errors.New("it loaded"), r.Release())
+			err = errors.Join(errors.New("it loaded"), r.Release(true))
 		} else {
 			err = fmt.Errorf("%v", err) // in its own words, not the errno's
 		}
@@ -250,7 +250,7 @@ func probesRefused(o order) error {
 		return err
 	}
 	err = r.ProbesRefused()
-	return errors.Join(err, r.Release())
+	return errors.Join(err, r.Release(true))
 }
 
 // errorName is the errno's name where there is one.

@@ -67,7 +67,7 @@ func lifeRelease(t *testing.T) {
 	p.reset()
 	w.ok(w.redirect.Close())
 	for range 2 { // a second time is no error
-		w.ok(redirect.Release(w.pins))
+		w.ok(redirect.Release(w.pins, false))
 	}
 	eventually(t, "no BPF object", func() error {
 		for _, id := range maps {
@@ -123,7 +123,7 @@ func lifeReleaseInUse(t *testing.T) {
 	kept[appAddresses[1]] = inbound
 	lost := w.unroutable()
 	w.ok(w.redirect.Close())
-	w.ok(redirect.Release(w.pins))
+	w.ok(redirect.Release(w.pins, true))
 	for to, st := range kept {
 		if err := st.write("still\n"); err != nil {
 			t.Error(err)
@@ -162,4 +162,23 @@ func lifeReleaseInUse(t *testing.T) {
 	w.withdrawn(p)
 	w.unlistenQuietly(p)
 	untouched(t, w, p)
+}
+
+// lifeReleaseAfterEnvoy releases when no Envoy is left and an app has not closed what it had in it: nothing is spared for that.
+func lifeReleaseAfterEnvoy(t *testing.T) {
+	w, p, _ := serving(t)
+	p.reaches(t, serviceIPv4)
+	p.reaches(t, serviceIPv6)
+	w.envoy.kill()
+	if state, err := w.redirect.Verify(p.uid); err != nil || state.Outgoing != 2 {
+		t.Fatalf("%d connections are counted, not the app's 2: %v", state.Outgoing, err)
+	}
+	w.ok(w.redirect.Close())
+	w.ok(redirect.Release(w.pins, false))
+	if routes := p.steeringRoutes(); len(routes) > 0 {
+		t.Errorf("routes are left: %v", routes)
+	}
+	p.reset()
+	w.load()
+	w.envoy = newHand(t, w.root, w.name+"-envoy-again")
 }

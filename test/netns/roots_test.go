@@ -48,7 +48,7 @@ func TestOneInstanceBelowTheCgroupRootOfAnother(t *testing.T) {
 		t.Error("an Envoy outside the cgroup root was attached")
 	}
 	outerPod.reset()
-	if err := outerWorld.redirect.Release(); err != nil {
+	if err := outerWorld.redirect.Release(true); err != nil {
 		t.Fatal(err)
 	}
 	if r := app.dial(innerPod.space, serviceIPv4, 0); r.Greeting.By != "out" {

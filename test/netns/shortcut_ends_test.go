@@ -354,7 +354,7 @@ func shortcutFull(t *testing.T) {
 func shortcutReleased(t *testing.T) {
 	for how, leave := range map[string]func(w *world, p *pod) error{
 		"withdraw": func(w *world, p *pod) error { return w.redirect.Withdraw(p.uid) },
-		"release":  func(w *world, p *pod) error { return redirect.Release(w.pins) },
+		"release":  func(w *world, p *pod) error { return redirect.Release(w.pins, true) },
 		"switch":   func(w *world, p *pod) error { return w.redirect.SetShortcut(p.uid, false) },
 	} {
 		w, p := shortcutWorld(t)

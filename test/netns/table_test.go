@@ -91,6 +91,7 @@ var cases = []struct {
 	{"a pod's new sandbox is another pod", lifeNewSandbox},
 	{"Release needs the pins alone and leaves no BPF object", lifeRelease},
 	{"Release lets open connections go on in Envoy", lifeReleaseInUse},
+	{"Release spares nothing when no Envoy is left", lifeReleaseAfterEnvoy},
 	{"pins of another boot are released", lifeBoot},
 	{"a failed Load leaves the node untouched", lifeLoadFails},
 	{"a Load that fails half-way gives replaced programs back", lifeLoadUndone},

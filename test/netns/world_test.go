@@ -81,7 +81,7 @@ func newWorld(t testing.TB, settings ...func(*redirect.Config)) *world {
 	w.settings = settings
 	w.load()
 	t.Cleanup(func() {
-		if err := w.redirect.Release(); err != nil {
+		if err := w.redirect.Release(true); err != nil {
 			t.Error("release:", err)
 		}
 		if _, err := os.Stat(w.pins); !os.IsNotExist(err) {

@@ -59,7 +59,7 @@ type kernel interface {
 	Counters() (map[string]uint64, error)
 	Alive() error
 	Leaving() (int, error)
-	Release() error
+	Release(envoyRuns bool) error
 }
 
 type agent struct {
@@ -193,7 +193,7 @@ func (a *agent) leave() error {
 		return nil
 	}
 	a.config.Log.Info("weft is uninstalled: leaving the kernel")
-	if err := errors.Join(a.takeOut(), a.kernel.Release()); err != nil {
+	if err := errors.Join(a.takeOut(), a.kernel.Release(envoy.Running(a.config.RunDir))); err != nil {
 		return fmt.Errorf("leave the kernel: %w; run nodeproxy release", err)
 	}
 	return a.forget()
@@ -215,6 +215,9 @@ func (a *agent) takeOut() error {
 		}
 		switch {
 		case left == 0 || time.Now().After(end):
+			if left > 0 {
+				a.config.Log.Warn("pods' connections are counted still: going on", "pods", left)
+			}
 			return errors.Join(err, failed, uncounted)
 		case !said:
 			said = true

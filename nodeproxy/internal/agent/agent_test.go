@@ -143,7 +143,7 @@ func (k *fakeKernel) Leaving() (int, error) {
 }
 
 func (k *fakeKernel) Counters() (map[string]uint64, error) { return nil, nil }
-func (k *fakeKernel) Release() error                       { return nil }
+func (k *fakeKernel) Release(bool) error                   { return nil }
 func (k *fakeKernel) Alive() error                         { return nil }
 
 // captured are the services that were set last, and how often any were.

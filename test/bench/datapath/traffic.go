@@ -51,10 +51,8 @@ func traffic(ctx context.Context, o options) (runs []report.Run, processes []rep
 	w, err := start(ctx, o)
 	defer func() { err = errors.Join(err, w.stop()) }()
 	if err != nil {
-		for node := range 2 {
-			if w.Lab != nil {
-				err = fmt.Errorf("%w\nnode %d: %s", err, node, tail(safeLog(w, node)))
-			}
+		for node := range w.Nodes() {
+			err = fmt.Errorf("%w\nnode %d: %s", err, node, tail(safeLog(w, node)))
 		}
 		return nil, nil, err
 	}

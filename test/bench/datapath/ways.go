@@ -121,7 +121,7 @@ func (w *ways) stop() error {
 	if w.Lab == nil {
 		return nil
 	}
-	for node := range 2 {
+	for node := range w.Nodes() {
 		dirs, _ := filepath.Glob(filepath.Join(w.Cgroup(node), "*"))
 		for _, dir := range dirs {
 			if filepath.Base(dir) != "envoy" {

@@ -308,7 +308,7 @@ func (l *Lab) Close() error {
 			n.ads.Stop()
 		}
 		if n.redirect != nil {
-			errs = append(errs, n.redirect.Release())
+			errs = append(errs, n.redirect.Release(true))
 		}
 		for _, s := range []*space{n.space, n.own} {
 			if s != nil {

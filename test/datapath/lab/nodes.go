@@ -72,6 +72,14 @@ func (l *Lab) allow() error {
 	return nil
 }
 
+// Nodes is how many there are: fewer than two if New failed.
+func (l *Lab) Nodes() int {
+	if l == nil {
+		return 0
+	}
+	return len(l.nodes)
+}
+
 // Cgroup is a node's: its Envoy is in "envoy" below, and pods' processes belong beside that (AsOnNodes).
 func (l *Lab) Cgroup(node int) string { return l.nodes[node].cgroup }
 
