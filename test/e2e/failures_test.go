@@ -140,14 +140,22 @@ func (s shop) controllersAway() {
 	t.Logf("away for %v: %d requests, %d connections", *away, sum.Requests, sum.Connections)
 }
 
+// oftenAtOnce is less than how often in a minute an Envoy that dies starts again at once.
+const oftenAtOnce = 4
+
 // envoyKilled: with an Envoy only what it had in hand is lost, at most one request of each client; connections that
 // come while it is away wait.
 func (s shop) envoyKilled() {
 	t := s.T
 	clients := s.clients()
+	kills := map[string][]time.Time{}
 	for i := range *crashes {
-		before := s.fresh()
 		node := placements[i%2].node
+		if last := kills[node]; len(last) >= oftenAtOnce { // one that dies oftener waits before it starts again
+			time.Sleep(time.Until(last[len(last)-oftenAtOnce].Add(time.Minute)))
+		}
+		kills[node] = append(kills[node], time.Now())
+		before := s.fresh()
 		if err := syscall.Kill(processOf(t, nodeproxyOn(t, node).Metadata.UID, "envoy", ""), syscall.SIGKILL); err != nil {
 			t.Fatal(err)
 		}

@@ -21,10 +21,6 @@ import (
 // appIdleTimeout is how long an HTTP connection to an app waits for the same client's next request.
 const appIdleTimeout = 10 * time.Second
 
-// appMaxAge is when one that is in use all the time takes no more requests, for it shows its client as it did when it was made
-// (MeshConfig clientAddress).
-const appMaxAge = time.Minute
-
 type netnsSelector = selector.Config
 
 // Clusters are the ones that every Envoy of the mesh has whatever its pods call: the last hop to the app, and the one
@@ -44,7 +40,7 @@ func Clusters() []*cluster.Cluster {
 			UpstreamConnectionOptions:     &cluster.UpstreamConnectionOptions{TcpKeepalive: keepalive()},
 			TypedExtensionProtocolOptions: map[string]*anypb.Any{
 				"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": pack(&upstream.HttpProtocolOptions{
-					CommonHttpProtocolOptions: &core.HttpProtocolOptions{IdleTimeout: seconds(appIdleTimeout), MaxConnectionDuration: seconds(appMaxAge)},
+					CommonHttpProtocolOptions: &core.HttpProtocolOptions{IdleTimeout: seconds(appIdleTimeout)},
 					UpstreamProtocolOptions: &upstream.HttpProtocolOptions_UseDownstreamProtocolConfig{
 						UseDownstreamProtocolConfig: &upstream.HttpProtocolOptions_UseDownstreamHttpConfig{
 							HttpProtocolOptions: &core.Http1ProtocolOptions{EnableTrailers: true, HeaderKeyFormat: keepCase()},
