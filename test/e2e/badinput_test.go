@@ -150,7 +150,7 @@ func TestRouteConflict(t *testing.T) {
 
 // TestAddressHijack: §5.9, another namespace's externalIP that is the server's ClusterIP stays the server's.
 func TestAddressHijack(t *testing.T) {
-	address := clusterIPs(t, "server")[0]
+	address := clusterIPs(t, "mesh", "server")[0]
 	meshConfig(t, "clientAddress: Own, serviceAddressRanges: ["+address+"/32]")
 	apply(t, "apiVersion: v1\nkind: Service\nmetadata: {name: thief, namespace: outside}\nspec: {externalIPs: ["+address+"], selector: {app: stranger}, ports: [{name: http, port: 80, targetPort: 8080}]}\n")
 	condition(t, "outside", "service", "thief", `weft.dev/Captured=False AddressConflict: .*mesh/server`)

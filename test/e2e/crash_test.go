@@ -450,7 +450,7 @@ func TestCrashTable(t *testing.T) {
 		w.settle(t)
 		for _, service := range []string{"unused-near", "unused-far"} {
 			until(t, 30*time.Second, "the Service in the index of n1", func() (bool, string) {
-				return strings.Contains(admin(t, "n1", "/config_dump?include_eds"), clusterIPs(t, service)[0]), "no scope of its address"
+				return strings.Contains(admin(t, "n1", "/config_dump?include_eds"), clusterIPs(t, "mesh", service)[0]), "no scope of its address"
 			})
 		}
 		start := stopRuntime(t, "n1")

@@ -5,6 +5,7 @@ package e2e
 import (
 	"flag"
 	"fmt"
+	"net"
 	"strings"
 	"syscall"
 	"testing"
@@ -113,6 +114,14 @@ func (s shop) controllersAway() {
 	apply(t, podOn("steady", "n2", "mesh", "", `args: [serve], readinessProbe: {httpGet: {path: /pod, port: 8080}, periodSeconds: 1}`))
 	inMesh(t, "app=steady", "Captured")
 	ready(t, "app=steady")
+	// A client whose connect takes long tries the service's other address, whose first use would need a controller.
+	for _, at := range placements {
+		for _, ip := range clusterIPs(t, s.namespace, "redis") {
+			if o := client.ask(t, at.node, call{Address: net.JoinHostPort(ip, "6379"), Line: "PING"})[0]; !o.allowed() {
+				t.Fatalf("redis by %s, from %s: %+v", ip, at.node, o)
+			}
+		}
+	}
 	scale(t, 0)
 	t.Cleanup(func() { scale(t, controllers) })
 	apply(t, podOn("late", "n1", "mesh", "", `args: [serve], readinessProbe: {httpGet: {path: /pod, port: 8080}, periodSeconds: 1}`))

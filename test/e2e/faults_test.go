@@ -105,7 +105,7 @@ spec:
 		until(t, 30*time.Second, "what is to be known, "+at.name, func() (bool, string) { return good(at.node) })
 		until(t, 30*time.Second, "the new Service in the index of "+at.node, func() (bool, string) {
 			// Envoy's scopes are made of the agent's index; a scope does not ask for routes.
-			return strings.Contains(admin(t, at.node, "/config_dump?include_eds"), clusterIPs(t, "unused")[0]), "no scope of its address"
+			return strings.Contains(admin(t, at.node, "/config_dump?include_eds"), clusterIPs(t, "mesh", "unused")[0]), "no scope of its address"
 		})
 	}
 	scale(t, 0)

@@ -52,9 +52,9 @@ func isProgrammed(t *testing.T, namespace, kind, name string) (bool, string) {
 }
 
 // clusterIPs are a Service's addresses, one of each family that it has.
-func clusterIPs(t *testing.T, service string) []string {
+func clusterIPs(t *testing.T, namespace, service string) []string {
 	t.Helper()
-	out, err := k8s.Kubectl(t.Context(), "get", "service", service, "-n", "mesh", "-o", "jsonpath={.spec.clusterIPs[*]}")
+	out, err := k8s.Kubectl(t.Context(), "get", "service", service, "-n", namespace, "-o", "jsonpath={.spec.clusterIPs[*]}")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -146,7 +146,7 @@ func TestNoPlaintext(t *testing.T) {
 				t.Errorf("%s has the addresses %v, want one of each family", run.to.Name, run.to.IPs)
 			}
 			if !run.visible {
-				for _, ip := range clusterIPs(t, "server") {
+				for _, ip := range clusterIPs(t, "mesh", "server") {
 					calls = append(calls, call{URL: "http://" + net.JoinHostPort(ip, "80") + "/?" + marker}, call{Address: net.JoinHostPort(ip, "9000"), Line: marker})
 				}
 			}

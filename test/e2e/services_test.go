@@ -101,7 +101,7 @@ func TestServices(t *testing.T) {
 			o := other.ask(t, "n1", call{URL: "http://local-one.mesh/pod"})[0]
 			return o.Body == "server", fmt.Sprintf("%+v", o)
 		})
-		byAddress := repeat(call{URL: "http://" + clusterIPs(t, "local-one")[0] + "/pod"}, 10) // no name to look up in vain
+		byAddress := repeat(call{URL: "http://" + clusterIPs(t, "mesh", "local-one")[0] + "/pod"}, 10) // no name to look up in vain
 		for _, o := range other.ask(t, "n2", byAddress...) {
 			if !o.unserved() {
 				t.Errorf("from the mesh on n2: %+v, want 503 at once: there is no local endpoint", o)
