@@ -208,6 +208,13 @@ func (e *Enroller) goes(uid string, generation uint32) {
 	e.went[uid] = generation
 }
 
+// gone forgets it.
+func (e *Enroller) gone(uid string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.went, uid)
+}
+
 // Elsewhere counts the captured pods whose new connections go to another generation of Envoy.
 func (e *Enroller) Elsewhere(generation uint32) (n int) {
 	e.mu.Lock()
@@ -304,6 +311,7 @@ func (e *Enroller) reconcile(ctx context.Context, uid string) (again time.Durati
 	}
 	if !runs { // nor was anything done about it here; an agent before may have
 		e.forget(uid)
+		e.gone(uid)
 		e.config.Envoy.Complete(uid)
 		return 0, ignoreUnknown(e.config.Kernel.Withdraw(uid))
 	}
@@ -344,19 +352,23 @@ func (e *Enroller) reconcile(ctx context.Context, uid string) (again time.Durati
 		}
 	}
 	err = e.step(ctx, s, wish)
+	// What keeps plaintext out of a pod, an agent before this one's hooks or the gate, outlives whatever fails here.
+	fresh := s.stage == meshv1.Stage_STAGE_OUT && !adopted && !s.gated
 	if s.stage != before {
 		s.took = time.Since(started)
 	}
 	var refused *Refusal
 	if errors.As(err, &refused) {
 		s.reason, s.failure = refused.Reason, refused.Error()
-		e.undo(s)
+		if fresh || s.gated {
+			e.undo(s)
+		}
 	} else if err != nil {
 		s.reason, s.failure = "StepFailed", err.Error()
 		if s.inbound.refused != nil {
 			s.reason = "Refused"
 		}
-		if s.stage == meshv1.Stage_STAGE_OUT && s.target(wish) != meshv1.Stage_STAGE_OUT && !adopted && ctx.Err() == nil {
+		if fresh && s.target(wish) != meshv1.Stage_STAGE_OUT && ctx.Err() == nil {
 			e.undo(s)
 		}
 	} else {

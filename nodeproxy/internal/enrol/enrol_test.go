@@ -305,16 +305,20 @@ func TestAdoptedPodStaysAsItIs(t *testing.T) {
 
 // A step that fails for an adopted pod does not open it.
 func TestAdoptedPodSurvivesFailure(t *testing.T) {
-	w := newWorld()
-	w.enrolled(t, enforced)
-	w.fail["Envoy acknowledges in/"] = errBroken
-	e := w.enroller()
-	if _, err := e.reconcile(t.Context(), uid); !errors.Is(err, errBroken) {
-		t.Errorf("%v, want the step's failure", err)
-	}
-	w.never(t, "kernel withdraws")
-	if s := w.held[uid]; s == nil || !s.Strict || !s.Inbound || !s.Outbound {
-		t.Errorf("the kernel holds %+v", s)
+	for step, failure := range map[string]error{"Envoy acknowledges in/": errBroken, "kernel enrols": redirect.ErrNetnsGone} {
+		t.Run(step, func(t *testing.T) {
+			w := newWorld()
+			w.enrolled(t, enforced)
+			w.fail[step] = failure
+			e := w.enroller()
+			if _, err := e.reconcile(t.Context(), uid); !errors.Is(err, failure) {
+				t.Errorf("%v, want the step's failure", err)
+			}
+			w.never(t, "kernel withdraws")
+			if s := w.held[uid]; s == nil || !s.Strict || !s.Inbound || !s.Outbound {
+				t.Errorf("the kernel holds %+v", s)
+			}
+		})
 	}
 }
 
@@ -343,12 +347,18 @@ func TestUnaskedPodEnds(t *testing.T) {
 	w := newWorld()
 	w.enrolled(t, enforced)
 	e := w.enroller()
+	if err := e.Adopt(); err != nil || e.Elsewhere(1) != 1 {
+		t.Fatalf("%d pods go to another Envoy: %v", e.Elsewhere(1), err)
+	}
 	w.wish = nil
 	turn(t, e)
 	w.never(t, "kernel withdraws")
 	delete(w.running, uid)
 	turn(t, e)
 	w.inOrder(t, "kernel withdraws")
+	if n := e.Elsewhere(1); n != 0 {
+		t.Errorf("%d pods are waited for that are gone", n)
+	}
 	if len(w.held) != 0 || len(w.memory) != 0 {
 		t.Errorf("left: %v in the kernel, %d records", w.held, len(w.memory))
 	}

@@ -309,6 +309,28 @@ func TestGatedPodOfAnAgentBefore(t *testing.T) {
 	}
 }
 
+// A failure of the first attempt does not open the gate that an agent before closed.
+func TestGateOfAnAgentBeforeOutlivesFailure(t *testing.T) {
+	w := newWorld()
+	w.held[uid] = &redirect.State{Pod: kernelPod(w.running[uid]), Gated: true}
+	w.fail["Envoy acknowledges in/"] = errBroken
+	e := w.enroller()
+	if _, err := e.reconcile(t.Context(), uid); !errors.Is(err, errBroken) {
+		t.Errorf("%v, want the step's failure", err)
+	}
+	w.never(t, "kernel withdraws")
+	if s := w.held[uid]; s == nil || !s.Gated {
+		t.Errorf("the kernel holds %+v", s)
+	}
+	delete(w.fail, "Envoy acknowledges in/")
+	turn(t, e)
+	w.inOrder(t, "mode strict=true", "capture in=true out=true", "report ENFORCED")
+	w.never(t, "mode strict=false")
+	if r := w.report(t); r.StartedUnheld {
+		t.Errorf("reported %v", r)
+	}
+}
+
 func TestRestartedAgentKnowsWhoWasHeld(t *testing.T) {
 	for _, stage := range []meshv1.Stage{captured, enforced} { // the leader may not have heard of it
 		for _, forgotten := range []bool{false, true} {

@@ -274,9 +274,7 @@ func (e *Enroller) end(s *state) error {
 	}
 	e.config.Identities.Leave(s.account, s.pod.UID)
 	e.forget(s.pod.UID)
-	e.mu.Lock()
-	delete(e.went, s.pod.UID)
-	e.mu.Unlock()
+	e.gone(s.pod.UID)
 	s.older = 0
 	s.prepared, s.complete, s.stage, s.inbound, s.leaving, s.left, s.moved = false, false, meshv1.Stage_STAGE_OUT, inbound{}, time.Time{}, time.Time{}, time.Time{}
 	return nil
