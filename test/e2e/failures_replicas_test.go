@@ -118,7 +118,7 @@ func (s shop) replicasServe() {
 		t.Errorf("the leader at the end: %v, %v", g, err)
 	}
 	sum := s.lossless()
-	t.Logf("%d requests on %d connections, none lost", sum.Requests, sum.Connections)
+	t.Logf("%d requests on %d connections, %d requests lost", sum.Requests, sum.Connections, sum.Failed)
 }
 
 // leaderKilled: the leader dies while many pods leave or join, again and again, and nothing is lost. Their nodes have
@@ -153,7 +153,7 @@ func (s shop) leaderKilled() {
 		s.dwell(100)
 	}
 	sum := s.lossless()
-	t.Logf("the leader was killed %d times: %d requests on %d connections, none lost", kills, sum.Requests, sum.Connections)
+	t.Logf("the leader was killed %d times: %d requests on %d connections, %d requests lost", kills, sum.Requests, sum.Connections, sum.Failed)
 }
 
 // deafen keeps a controller replica from the API server; agents and the other replica reach it as before.
@@ -209,7 +209,7 @@ func (s shop) blockedWatches() {
 	heal()
 	replicas(t)
 	sum := s.lossless()
-	t.Logf("%d requests on %d connections, none lost", sum.Requests, sum.Connections)
+	t.Logf("%d requests on %d connections, %d requests lost", sum.Requests, sum.Connections, sum.Failed)
 }
 
 // component finds a process of this cluster's control plane.
@@ -287,5 +287,5 @@ func (s shop) apiServerAway() {
 	}
 	s.dwell(200)
 	sum := s.lossless()
-	t.Logf("the API server was away for %v: %d requests on %d connections, none lost", *apiAway, sum.Requests, sum.Connections)
+	t.Logf("the API server was away for %v: %d requests on %d connections, %d requests lost", *apiAway, sum.Requests, sum.Connections, sum.Failed)
 }

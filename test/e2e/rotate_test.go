@@ -38,7 +38,7 @@ func TestRotations(t *testing.T) {
 		s.dwell(1000)
 	}
 	sum := s.leave()
-	t.Logf("%v: %d requests on %d connections, none lost", time.Since(began).Round(time.Second), sum.Requests, sum.Connections)
+	t.Logf("%v: %d requests on %d connections, %d requests lost", time.Since(began).Round(time.Second), sum.Requests, sum.Connections, sum.Failed)
 }
 
 // changeRoot changes the root while SVIDs are short-lived, until both nodes have renewed all of theirs, by the new root; to the end: until
@@ -95,7 +95,7 @@ func (s shop) changeRoot(toTheEnd bool) {
 		}
 	}
 	sum := s.lossless()
-	t.Logf("a new root after %v; by now %d requests on %d connections, none lost", time.Since(began).Round(time.Second), sum.Requests, sum.Connections)
+	t.Logf("a new root after %v; by now %d requests on %d connections, %d requests lost", time.Since(began).Round(time.Second), sum.Requests, sum.Connections, sum.Failed)
 }
 
 // authority is what the CA Secret says.
@@ -264,7 +264,7 @@ func TestRootRotation(t *testing.T) {
 	}
 	secure(t, time.Now())
 	sum := s.lossless()
-	t.Logf("%d requests on %d connections, none lost", sum.Requests, sum.Connections)
+	t.Logf("%d requests on %d connections, %d requests lost", sum.Requests, sum.Connections, sum.Failed)
 }
 
 // beginAnew gives weft another root, as docs/OPERATE.md says: without the Secret the controller makes one, and agents start from it.
