@@ -34,8 +34,22 @@ func TestAgentAway(t *testing.T) {
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
+		began := time.Now().UTC().Format(time.RFC3339)
 		if err := cluster.Require(ctx, root); err != nil {
 			t.Error(err)
+		}
+		// The runtimes have started again: until their agents are back, pods start unheld.
+		agents, err := k8s.Pods(ctx, system, "app=weft-nodeproxy")
+		if err != nil {
+			t.Error(err)
+		}
+		for _, agent := range agents {
+			if err := kube.Until(ctx, 30*time.Second, "the agent of "+agent.Node+" to be the runtime's plugin", nil, func(ctx context.Context) (bool, string) {
+				log, err := k8s.Kubectl(ctx, "logs", "-n", system, "-c", "agent", "--since-time="+began, agent.Name)
+				return err == nil && strings.Contains(log, "Started plugin"), fmt.Sprint(err)
+			}); err != nil {
+				t.Error(err)
+			}
 		}
 	})
 	t.Run("the runtime requires it", func(t *testing.T) {
